@@ -1,0 +1,42 @@
+//! The language between the control process and a worker (D7): a whole desired set one way,
+//! observations the other way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::container::{ContainerExit, ContainerSpec, ContainerStarted, StopReason};
+use crate::ids::ContainerId;
+
+/// Counts versions of a desired set. A worker ignores sets older than the newest it has seen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct Generation(pub u64);
+
+/// Everything that should exist on one worker.
+#[derive(Debug, Clone, Default)]
+pub struct DesiredSet {
+    pub generation: Generation,
+    pub containers: Vec<DesiredContainer>,
+}
+
+#[derive(Debug, Clone)]
+pub struct DesiredContainer {
+    pub id: ContainerId,
+    pub spec: Arc<ContainerSpec>,
+    pub state: DesiredState,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DesiredState {
+    Running,
+    /// Ask it to end (SIGINT; the runtime may already be ending by its kill switch), then SIGKILL after
+    /// the grace time. Zero grace kills at once.
+    Stopped { grace: Duration, reason: StopReason },
+}
+
+/// What a worker tells the control process. Exits are repeated until acknowledged, which the
+/// control process does by leaving the container out of the next desired set.
+#[derive(Debug, Clone)]
+pub enum WorkerReport {
+    Started(ContainerStarted),
+    Exited { container_id: ContainerId, exit: ContainerExit },
+}
