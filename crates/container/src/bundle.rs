@@ -1,0 +1,402 @@
+//! The OCI bundle that a container is started from.
+//!
+//! Pure but for [`write`]: what a [`Launch`] means as a runtime specification.
+//!
+//! **Capabilities.** Root in a container installs packages (`apt`, `dpkg`, `pip`), so it may change owners and
+//! modes, become other users, signal them, call `chroot`, bind low ports and give file capabilities away.
+//! Of Docker's default set it has not: `NET_RAW` (forging packets on the bridge; `ping` works by a sysctl),
+//! `MKNOD` (devices could not be opened anyway) and `SETPCAP`. `AUDIT_WRITE` stays, since PAM answers root's
+//! `su` and `chpasswd` with "system error" without it.
+
+use std::collections::HashSet;
+use std::io;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use oci_spec::OciSpecError;
+use oci_spec::runtime::{
+    Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
+    LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResources,
+    LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process,
+    ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+};
+use rustix::process::{Resource, getrlimit};
+
+use crate::passwd::Identity;
+use crate::runtime::{Bind, Launch, Limits};
+use crate::seccomp;
+
+/// The version of the specification that runc 1.1 implements.
+const OCI_VERSION: &str = "1.0.2";
+
+const CAPABILITIES: [Capability; 11] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setfcap,
+    Capability::Kill,
+    Capability::NetBindService,
+    Capability::SysChroot,
+    Capability::AuditWrite,
+];
+
+/// Soft and hard limit of open files. The soft one is moderate, since some programs (`apt` among them) close
+/// every possible descriptor one by one before they start another. Neither is above the platform's own hard
+/// limit, which not even every root may raise.
+const OPEN_FILES: (u64, u64) = (65_536, 524_288);
+
+/// Tell about the host, or change it.
+const MASKED_PATHS: [&str; 10] = [
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/sys/firmware",
+];
+
+const READ_ONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// The period of the CPU quota, in microseconds: the kernel's default.
+const CPU_PERIOD: u64 = 100_000;
+/// The kernel refuses a smaller quota.
+const MIN_CPU_QUOTA: i64 = 1_000;
+const MIN_CPU_SHARES: u64 = 2;
+const MAX_CPU_SHARES: u64 = 262_144;
+
+/// Where the parts of one container's bundle are.
+#[derive(Debug, Clone)]
+pub(crate) struct BundlePaths {
+    pub directory: PathBuf,
+}
+
+impl BundlePaths {
+    pub(crate) fn root(&self) -> PathBuf {
+        self.directory.join("root")
+    }
+
+    pub(crate) fn pid_file(&self) -> PathBuf {
+        self.directory.join("pid")
+    }
+
+    pub(crate) fn log(&self) -> PathBuf {
+        self.directory.join("runc.log")
+    }
+
+    pub(crate) fn upper(&self) -> PathBuf {
+        self.directory.join("upper")
+    }
+
+    pub(crate) fn work(&self) -> PathBuf {
+        self.directory.join("work")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.directory.join("config.json")
+    }
+
+    fn hosts(&self) -> PathBuf {
+        self.directory.join("hosts")
+    }
+
+    fn hostname(&self) -> PathBuf {
+        self.directory.join("hostname")
+    }
+
+    fn resolv_conf(&self) -> PathBuf {
+        self.directory.join("resolv.conf")
+    }
+}
+
+/// What the specification needs besides the launch.
+pub(crate) struct BundleFacts<'a> {
+    pub paths: &'a BundlePaths,
+    pub identity: &'a Identity,
+    pub cgroup: &'a str,
+    /// `None` gives the container an empty network namespace.
+    pub network: Option<BundleNetwork>,
+}
+
+pub(crate) struct BundleNetwork {
+    pub namespace: PathBuf,
+    pub address: IpAddr,
+    pub resolv_conf: String,
+}
+
+/// Writes the specification and the files that it mounts.
+pub(crate) fn write(launch: &Launch, facts: &BundleFacts<'_>) -> io::Result<()> {
+    let paths = facts.paths;
+    let own_line = facts
+        .network
+        .as_ref()
+        .map(|network| format!("{}\t{}\n", network.address, launch.name));
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{}",
+        own_line.unwrap_or_default()
+    );
+    std::fs::write(paths.hosts(), hosts)?;
+    std::fs::write(paths.hostname(), format!("{}\n", launch.name))?;
+    let resolv_conf = facts
+        .network
+        .as_ref()
+        .map_or("", |network| network.resolv_conf.as_str());
+    std::fs::write(paths.resolv_conf(), resolv_conf)?;
+    let spec = spec(launch, facts).map_err(io::Error::other)?;
+    std::fs::write(paths.config(), serde_json::to_vec(&spec)?)
+}
+
+fn spec(launch: &Launch, facts: &BundleFacts<'_>) -> Result<Spec, OciSpecError> {
+    let mut mounts = system_mounts(launch.limits)?;
+    for (source, target) in [
+        (facts.paths.hosts(), "/etc/hosts"),
+        (facts.paths.hostname(), "/etc/hostname"),
+        (facts.paths.resolv_conf(), "/etc/resolv.conf"),
+    ] {
+        // Writable: some packages insist, and the files are the container's own.
+        mounts.push(bind(&Bind {
+            source,
+            target: target.to_owned(),
+            read_only: false,
+        })?);
+    }
+    for wanted in &launch.binds {
+        mounts.push(bind(wanted)?);
+    }
+    SpecBuilder::default()
+        .version(OCI_VERSION)
+        .hostname(launch.name.clone())
+        .root(
+            RootBuilder::default()
+                .path(facts.paths.root())
+                .readonly(false)
+                .build()?,
+        )
+        .process(process(launch, facts.identity)?)
+        .mounts(mounts)
+        .linux(linux(launch, facts)?)
+        .build()
+}
+
+fn process(launch: &Launch, identity: &Identity) -> Result<Process, OciSpecError> {
+    let bounding: HashSet<Capability> = HashSet::from(CAPABILITIES);
+    // As with a set-uid change: who is not root has none, but a program with file capabilities would.
+    let effective = if identity.uid == 0 {
+        bounding.clone()
+    } else {
+        HashSet::new()
+    };
+    let capabilities = LinuxCapabilitiesBuilder::default()
+        .bounding(bounding)
+        .effective(effective.clone())
+        .permitted(effective)
+        .inheritable(HashSet::new())
+        .ambient(HashSet::new())
+        .build()?;
+    let user = UserBuilder::default()
+        .uid(identity.uid)
+        .gid(identity.gid)
+        .additional_gids(identity.additional_gids.clone())
+        .build()?;
+    ProcessBuilder::default()
+        .terminal(false)
+        .user(user)
+        .args(launch.argv.clone())
+        .env(
+            launch
+                .env
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect::<Vec<_>>(),
+        )
+        .cwd(launch.workdir.clone())
+        .capabilities(capabilities)
+        .rlimits(vec![
+            rlimit(PosixRlimitType::RlimitNofile, open_files())?,
+            // A core file would be written into the scratch layer, or piped to a program of the host.
+            rlimit(PosixRlimitType::RlimitCore, (0, 0))?,
+        ])
+        .no_new_privileges(true)
+        .build()
+}
+
+fn open_files() -> (u64, u64) {
+    let own = getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX);
+    (OPEN_FILES.0.min(own), OPEN_FILES.1.min(own))
+}
+
+fn rlimit(kind: PosixRlimitType, (soft, hard): (u64, u64)) -> Result<PosixRlimit, OciSpecError> {
+    PosixRlimitBuilder::default().typ(kind).soft(soft).hard(hard).build()
+}
+
+fn linux(launch: &Launch, facts: &BundleFacts<'_>) -> Result<Linux, OciSpecError> {
+    let own = [
+        LinuxNamespaceType::Mount,
+        LinuxNamespaceType::Pid,
+        LinuxNamespaceType::Ipc,
+        LinuxNamespaceType::Uts,
+        LinuxNamespaceType::Cgroup,
+    ];
+    let mut namespaces = own
+        .into_iter()
+        .map(|kind| LinuxNamespaceBuilder::default().typ(kind).build())
+        .collect::<Result<Vec<_>, _>>()?;
+    let network = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
+    namespaces.push(match &facts.network {
+        Some(prepared) => network.path(prepared.namespace.clone()).build()?,
+        None => network.build()?,
+    });
+    LinuxBuilder::default()
+        .namespaces(namespaces)
+        .cgroups_path(facts.cgroup)
+        .resources(resources(launch.limits)?)
+        .seccomp(seccomp::profile()?)
+        .masked_paths(MASKED_PATHS.map(str::to_owned).to_vec())
+        .readonly_paths(READ_ONLY_PATHS.map(str::to_owned).to_vec())
+        .build()
+}
+
+fn resources(limits: Limits) -> Result<LinuxResources, OciSpecError> {
+    // runc adds the devices that every container has (null, zero, random, tty, pts).
+    let no_devices = LinuxDeviceCgroupBuilder::default().allow(false).access("rwm").build()?;
+    let mut resources = LinuxResourcesBuilder::default().devices(vec![no_devices]);
+    if let Some(bytes) = limits.memory_bytes {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        // Memory and swap together: a container does not spill into the machine's swap.
+        resources = resources.memory(LinuxMemoryBuilder::default().limit(bytes).swap(bytes).build()?);
+    }
+    if let Some(millis) = limits.cpu_millis {
+        let quota = (i64::from(millis) * CPU_PERIOD as i64 / 1000).max(MIN_CPU_QUOTA);
+        let shares = (u64::from(millis) * 1024 / 1000).clamp(MIN_CPU_SHARES, MAX_CPU_SHARES);
+        resources = resources.cpu(
+            LinuxCpuBuilder::default()
+                .quota(quota)
+                .period(CPU_PERIOD)
+                .shares(shares)
+                .build()?,
+        );
+    }
+    if let Some(pids) = limits.pids {
+        resources = resources.pids(LinuxPidsBuilder::default().limit(i64::from(pids)).build()?);
+    }
+    resources.build()
+}
+
+fn system_mounts(limits: Limits) -> Result<Vec<Mount>, OciSpecError> {
+    // Frameworks that pass tensors between processes need much; the memory limit counts it anyway.
+    let shm_size = limits.memory_bytes.map(|bytes| format!("size={bytes}"));
+    let mut shm = vec!["nosuid", "noexec", "nodev", "mode=1777"];
+    shm.extend(shm_size.as_deref());
+    [
+        ("/proc", "proc", "proc", vec!["nosuid", "noexec", "nodev"]),
+        (
+            "/dev",
+            "tmpfs",
+            "tmpfs",
+            vec!["nosuid", "strictatime", "mode=755", "size=65536k"],
+        ),
+        (
+            "/dev/pts",
+            "devpts",
+            "devpts",
+            vec!["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
+        ),
+        ("/dev/shm", "tmpfs", "shm", shm),
+        ("/dev/mqueue", "mqueue", "mqueue", vec!["nosuid", "noexec", "nodev"]),
+        ("/sys", "sysfs", "sysfs", vec!["nosuid", "noexec", "nodev", "ro"]),
+        // Its own part only, by the cgroup namespace: libraries size their pools by the limits they read here.
+        (
+            "/sys/fs/cgroup",
+            "cgroup",
+            "cgroup",
+            vec!["nosuid", "noexec", "nodev", "relatime", "ro"],
+        ),
+    ]
+    .into_iter()
+    .map(|(target, kind, source, options)| {
+        MountBuilder::default()
+            .destination(target)
+            .typ(kind)
+            .source(source)
+            .options(options.into_iter().map(str::to_owned).collect::<Vec<_>>())
+            .build()
+    })
+    .collect()
+}
+
+fn bind(wanted: &Bind) -> Result<Mount, OciSpecError> {
+    // Read-only binds are not recursive: "ro" would not hold for a mount inside the source.
+    let options = match wanted.read_only {
+        true => ["bind", "ro", "nosuid", "nodev", "rprivate"],
+        false => ["rbind", "rw", "nosuid", "nodev", "rprivate"],
+    };
+    MountBuilder::default()
+        .destination(Path::new(&wanted.target))
+        .typ("bind")
+        .source(wanted.source.clone())
+        .options(options.map(str::to_owned).to_vec())
+        .build()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Rootfs;
+
+    fn json(launch: &Launch, identity: &Identity) -> serde_json::Value {
+        let paths = BundlePaths {
+            directory: PathBuf::from("/bundle"),
+        };
+        let facts = BundleFacts {
+            paths: &paths,
+            identity,
+            cgroup: "/ionian/x/y",
+            network: None,
+        };
+        serde_json::to_value(spec(launch, &facts).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn limits_become_resources() {
+        let mut launch = Launch::new("c1", Rootfs::host(), vec!["true".to_owned()]);
+        launch.limits = Limits {
+            memory_bytes: Some(1 << 30),
+            cpu_millis: Some(2500),
+            pids: Some(64),
+        };
+        let resources = json(&launch, &Identity::ROOT)["linux"]["resources"].clone();
+        assert_eq!(resources["memory"]["limit"], 1 << 30);
+        assert_eq!(resources["memory"]["swap"], 1 << 30);
+        assert_eq!(resources["cpu"]["quota"], 250_000);
+        assert_eq!(resources["pids"]["limit"], 64);
+        launch.limits.cpu_millis = Some(1);
+        assert_eq!(
+            json(&launch, &Identity::ROOT)["linux"]["resources"]["cpu"]["quota"],
+            MIN_CPU_QUOTA
+        );
+    }
+
+    #[test]
+    fn other_users_have_no_effective_capabilities() {
+        let launch = Launch::new("c1", Rootfs::host(), vec!["true".to_owned()]);
+        let identity = Identity {
+            uid: 1000,
+            gid: 1000,
+            additional_gids: vec![29],
+        };
+        let process = json(&launch, &identity)["process"].clone();
+        assert_eq!(process["capabilities"]["effective"].as_array().map_or(0, Vec::len), 0);
+        assert_eq!(
+            process["capabilities"]["bounding"].as_array().unwrap().len(),
+            CAPABILITIES.len()
+        );
+        assert_eq!(process["noNewPrivileges"], true);
+        assert_eq!(process["user"]["additionalGids"][0], 29);
+    }
+}

@@ -1,0 +1,437 @@
+//! The containers' network: one bridge per instance, a namespace with `eth0` per container, and a firewall.
+//!
+//! ```text
+//!   container          host
+//!   eth0 ──── veth ─┐
+//!                   ├─ ion<id> (gateway address) ── forwarding, masquerade ── the outside
+//!   eth0 ──── veth ─┘
+//! ```
+//!
+//! A container reaches the outside and the ports that [`Network::allow_host_port`] opened on the gateway
+//! address, and nothing else: ports of the bridge are isolated from each other, and the firewall refuses the
+//! host's addresses, other instances and link-local metadata services. The host reaches every port of a
+//! container.
+//!
+//! A namespace is held by a descriptor of this process and by the processes in it, never by a file. So a crash
+//! leaves none behind: the kernel removes it, its `eth0` and the host's end with the last holder.
+
+mod firewall;
+mod link;
+pub mod resolver;
+mod subnet;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::task::AbortHandle;
+
+use crate::config::ContainerConfig;
+pub use subnet::Subnet;
+
+/// After a namespace could not be made, the pool waits this long; starts make their own and see the error.
+const REFILL_BACKOFF: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    #[error("failed to {what}")]
+    Netlink { what: String, source: rtnetlink::Error },
+    #[error("failed to {what}")]
+    Io { what: String, source: io::Error },
+    #[error("timed out trying to {what}")]
+    TimedOut { what: String },
+    #[error("every /22 of the address pool {pool} overlaps with a route of this host; configure another pool")]
+    PoolExhausted { pool: String },
+    #[error("all {addresses} addresses of {subnet} are in use; run fewer containers on this machine")]
+    AddressesExhausted { subnet: Subnet, addresses: usize },
+    #[error("nft refused the firewall rules: {message}")]
+    Firewall { message: String },
+    #[error("another instance of the platform held {path} for too long")]
+    Locked { path: PathBuf },
+    #[error("the network has been removed")]
+    Removed,
+}
+
+/// One instance's bridge, addresses and firewall. Stays until [`Network::remove`].
+pub struct Network {
+    shared: Arc<Shared>,
+    refill: AbortHandle,
+}
+
+struct Shared {
+    bridge: String,
+    subnet: Subnet,
+    mtu: u32,
+    table: String,
+    warm_slots: usize,
+    nameservers: Vec<IpAddr>,
+    addresses: Arc<Mutex<Addresses>>,
+    /// Ready for a container.
+    pool: Mutex<Pool>,
+    wanted: Notify,
+}
+
+#[derive(Default)]
+struct Pool {
+    slots: VecDeque<Slot>,
+    closed: bool,
+}
+
+/// A network namespace with an address. Dropping it closes the namespace, and with the last process in it the
+/// kernel removes the rest a little later; [`Slot::release`] does so before it returns.
+pub(crate) struct Slot {
+    namespace: OwnedFd,
+    claim: Claim,
+    addresses: Arc<Mutex<Addresses>>,
+}
+
+impl Slot {
+    pub(crate) fn address(&self) -> IpAddr {
+        IpAddr::V4(self.claim.address)
+    }
+
+    /// Where another process finds the namespace while this slot lives.
+    pub(crate) fn namespace_path(&self) -> PathBuf {
+        PathBuf::from(format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            self.namespace.as_raw_fd()
+        ))
+    }
+
+    /// Removes the host's end, and with it `eth0`. Blocks.
+    pub(crate) fn release(self) -> Result<(), NetworkError> {
+        link::delete(&self.claim.host_link).map(|_| ())
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        lock(&self.addresses).release(&self.claim);
+    }
+}
+
+impl Network {
+    /// The bridge's and the firewall table's names are made from the instance's id, so what is left of an
+    /// earlier run is found and replaced.
+    pub(crate) async fn open(config: &ContainerConfig) -> Result<Self, NetworkError> {
+        let names = Names::of(config);
+        let resolver = resolver::resolv_conf(&config.nameservers);
+        if let Some(problem) = &resolver.problem {
+            tracing::warn!("{problem}");
+        }
+        let pool = config.address_pool;
+        let seed = config.short_id();
+        let bridge = names.bridge.clone();
+        let (subnet, mtu) = blocking("set up the bridge", move || {
+            let _lock = subnet::lock_choice()?;
+            link::delete(&bridge)?;
+            let facts = link::host_facts()?;
+            let subnet = subnet::choose(pool, &seed, &facts.routes, &resolver.nameservers)?;
+            link::create_bridge(&bridge, &seed, subnet, facts.uplink_mtu)?;
+            Ok((subnet, facts.uplink_mtu))
+        })
+        .await?;
+        enable_forwarding()?;
+        firewall::create(&names.table, &names.bridge, subnet).await?;
+        tracing::info!(bridge = %names.bridge, %subnet, mtu, "the containers' network is up");
+
+        let shared = Arc::new(Shared {
+            bridge: names.bridge,
+            subnet,
+            mtu,
+            table: names.table,
+            warm_slots: config.warm_network_slots,
+            nameservers: config.nameservers.clone(),
+            addresses: Arc::new(Mutex::new(Addresses::new(subnet, names.link_prefix))),
+            pool: Mutex::new(Pool::default()),
+            wanted: Notify::new(),
+        });
+        let refill = tokio::spawn(keep_filled(Arc::clone(&shared))).abort_handle();
+        Ok(Self { shared, refill })
+    }
+
+    /// The host's address as containers see it, where the platform's container listener binds.
+    pub fn gateway(&self) -> IpAddr {
+        IpAddr::V4(self.shared.subnet.gateway())
+    }
+
+    pub fn subnet(&self) -> Subnet {
+        self.shared.subnet
+    }
+
+    pub fn bridge(&self) -> &str {
+        &self.shared.bridge
+    }
+
+    /// Lets containers connect to this TCP port of the gateway address.
+    pub async fn allow_host_port(&self, port: u16) -> Result<(), NetworkError> {
+        firewall::allow_host_port(&self.shared.table, port).await
+    }
+
+    /// The text of a container's `/etc/resolv.conf`.
+    pub(crate) fn resolv_conf(&self) -> String {
+        resolver::resolv_conf(&self.shared.nameservers).text
+    }
+
+    /// A namespace from the pool, else a new one.
+    pub(crate) async fn take_slot(&self) -> Result<Slot, NetworkError> {
+        let ready = {
+            let mut pool = lock(&self.shared.pool);
+            if pool.closed {
+                return Err(NetworkError::Removed);
+            }
+            pool.slots.pop_front()
+        };
+        self.shared.wanted.notify_one();
+        match ready {
+            Some(slot) => Ok(slot),
+            None => create_slot(&self.shared).await,
+        }
+    }
+
+    /// Waits until the pool is as full as it should be: for tests and measurements.
+    pub async fn wait_until_warm(&self) {
+        /// The pool is filled by another task; this is not on any start's path.
+        const INTERVAL: Duration = Duration::from_millis(5);
+        while lock(&self.shared.pool).slots.len() < self.shared.warm_slots {
+            tokio::time::sleep(INTERVAL).await;
+        }
+    }
+
+    /// Removes bridge and firewall. Containers that still run are cut off.
+    pub(crate) async fn remove(&self) -> Result<(), NetworkError> {
+        self.refill.abort();
+        let idle = {
+            let mut pool = lock(&self.shared.pool);
+            pool.closed = true;
+            std::mem::take(&mut pool.slots)
+        };
+        let bridge = self.shared.bridge.clone();
+        blocking("remove the bridge", move || {
+            for slot in idle {
+                slot.release()?;
+            }
+            link::delete(&bridge).map(|_| ())
+        })
+        .await?;
+        firewall::remove(&self.shared.table).await
+    }
+
+    /// The host's ends that belong to namespaces of this process, which a reap must leave alone.
+    pub(crate) fn links(&self) -> BTreeSet<String> {
+        lock(&self.shared.addresses).links.clone()
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        self.refill.abort();
+        let mut pool = lock(&self.shared.pool);
+        pool.closed = true;
+        pool.slots.clear();
+    }
+}
+
+/// What an instance's interfaces and table are called.
+pub(crate) struct Names {
+    pub bridge: String,
+    pub table: String,
+    pub link_prefix: String,
+}
+
+impl Names {
+    pub(crate) fn of(config: &ContainerConfig) -> Self {
+        let id = config.short_id();
+        Self {
+            bridge: format!("ion{id}"),
+            table: format!("ionian_{id}"),
+            link_prefix: format!("iv{id}"),
+        }
+    }
+}
+
+/// Removes host ends of earlier runs' containers, except those in `keep`. Blocks.
+pub(crate) fn reap_links(names: &Names, keep: &BTreeSet<String>) -> Result<usize, NetworkError> {
+    let mut removed = 0;
+    for name in link::with_prefix(&names.link_prefix)? {
+        if !keep.contains(&name) && link::delete(&name)? {
+            removed += 1;
+        }
+    }
+    Ok(removed)
+}
+
+/// Which addresses containers have. Handed out in turn, so that one is not given to another container while
+/// something may still remember the last.
+struct Addresses {
+    subnet: Subnet,
+    next: u32,
+    used: BTreeSet<u32>,
+    /// The host's ends of all namespaces that are being made, wait or are in use.
+    links: BTreeSet<String>,
+    link_prefix: String,
+    /// Numbers the host's ends; five hexadecimal digits.
+    next_link: u32,
+}
+
+struct Claim {
+    address: Ipv4Addr,
+    host_link: String,
+}
+
+impl Addresses {
+    fn new(subnet: Subnet, link_prefix: String) -> Self {
+        Self {
+            subnet,
+            next: 0,
+            used: BTreeSet::new(),
+            links: BTreeSet::new(),
+            link_prefix,
+            next_link: 0,
+        }
+    }
+
+    fn claim(&mut self) -> Result<Claim, NetworkError> {
+        let count = self.subnet.container_count();
+        let free = (0..count)
+            .map(|offset| (self.next + offset) % count)
+            .find(|index| !self.used.contains(index));
+        let Some(index) = free else {
+            return Err(NetworkError::AddressesExhausted {
+                subnet: self.subnet,
+                addresses: count as usize,
+            });
+        };
+        self.used.insert(index);
+        self.next = (index + 1) % count;
+        self.next_link = (self.next_link + 1) & 0xf_ffff;
+        let host_link = format!("{}{:05x}", self.link_prefix, self.next_link);
+        self.links.insert(host_link.clone());
+        Ok(Claim {
+            address: self.subnet.container(index),
+            host_link,
+        })
+    }
+
+    fn release(&mut self, claim: &Claim) {
+        self.links.remove(&claim.host_link);
+        if let Some(index) = self.subnet.index_of(claim.address) {
+            self.used.remove(&index);
+        }
+    }
+}
+
+async fn keep_filled(shared: Arc<Shared>) {
+    loop {
+        while lock(&shared.pool).slots.len() < shared.warm_slots {
+            match create_slot(&shared).await {
+                Ok(slot) => {
+                    let mut pool = lock(&shared.pool);
+                    if pool.closed {
+                        return;
+                    }
+                    pool.slots.push_back(slot);
+                }
+                Err(error) => {
+                    tracing::warn!(error = %crate::chain(&error), "failed to prepare a network namespace");
+                    tokio::time::sleep(REFILL_BACKOFF).await;
+                }
+            }
+        }
+        shared.wanted.notified().await;
+    }
+}
+
+async fn create_slot(shared: &Arc<Shared>) -> Result<Slot, NetworkError> {
+    let claim = lock(&shared.addresses).claim()?;
+    let addresses = Arc::clone(&shared.addresses);
+    let plan = link::SlotPlan {
+        host_link: claim.host_link.clone(),
+        bridge: shared.bridge.clone(),
+        address: claim.address,
+        subnet: shared.subnet,
+        mtu: shared.mtu,
+    };
+    match blocking("create a network namespace", move || link::create_namespace(plan)).await {
+        Ok(namespace) => Ok(Slot {
+            namespace,
+            claim,
+            addresses,
+        }),
+        Err(error) => {
+            lock(&addresses).release(&claim);
+            Err(error)
+        }
+    }
+}
+
+/// Containers reach the outside through this host, which must forward packets for that.
+fn enable_forwarding() -> Result<(), NetworkError> {
+    const PATH: &str = "/proc/sys/net/ipv4/ip_forward";
+    let failed = |source| NetworkError::Io {
+        what: format!("enable forwarding in {PATH}"),
+        source,
+    };
+    if std::fs::read_to_string(PATH).map_err(failed)?.trim() != "1" {
+        std::fs::write(PATH, "1").map_err(failed)?;
+        tracing::info!("set net.ipv4.ip_forward=1, so that containers reach the outside");
+    }
+    Ok(())
+}
+
+async fn blocking<T: Send + 'static>(
+    what: &'static str,
+    work: impl FnOnce() -> Result<T, NetworkError> + Send + 'static,
+) -> Result<T, NetworkError> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(NetworkError::Io {
+            what: what.to_owned(),
+            source: io::Error::other(error),
+        }),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_into_an_interface_name() {
+        /// The kernel's `IFNAMSIZ` without the end.
+        const LIMIT: usize = 15;
+        let names = Names::of(&ContainerConfig::new("any instance", "/tmp/x"));
+        assert!(names.bridge.len() <= LIMIT);
+        assert_eq!(format!("{}{:05x}", names.link_prefix, 0xf_ffff).len(), LIMIT);
+    }
+
+    #[test]
+    fn addresses_are_handed_out_in_turn_and_run_out() {
+        let subnet = Subnet::new(Ipv4Addr::new(172, 29, 0, 0), 22);
+        let mut addresses = Addresses::new(subnet, "iv".to_owned());
+        let first = addresses.claim().unwrap();
+        assert_eq!(first.address, Ipv4Addr::new(172, 29, 0, 2));
+        addresses.release(&first);
+        assert!(addresses.links.is_empty());
+        assert_ne!(addresses.claim().unwrap().address, first.address);
+        for _ in 1..subnet.container_count() {
+            addresses.claim().unwrap();
+        }
+        assert!(matches!(
+            addresses.claim(),
+            Err(NetworkError::AddressesExhausted { addresses: 1021, .. })
+        ));
+        addresses.release(&first);
+        assert_eq!(addresses.claim().unwrap().address, first.address);
+    }
+}

@@ -1,0 +1,286 @@
+//! A started container: its streams, its end, and what it leaves to be removed.
+
+use std::fmt;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitStatus;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use ionian_domain::container::{ContainerExit, StartTimings};
+use nix::sys::signal::Signal;
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+use tokio::io::unix::AsyncFd;
+use tokio::process::Child;
+
+use crate::descriptor;
+use crate::runtime::{DisposeError, SignalError};
+
+/// The reading end of a pipe. Whoever takes it must read it: a full pipe stops the container's writes, which
+/// is how a container that prints too much slows only itself.
+pub type OutputStream = tokio::net::unix::pipe::Receiver;
+
+/// A killed process ends when the kernel has torn down its memory and its namespaces: milliseconds, or
+/// seconds for many gigabytes. Uninterruptible waits on a dead network file system are what is beyond it.
+pub(crate) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// One started container. Dropping it kills it and removes what it had, in the background.
+pub struct RunningContainer {
+    pub name: String,
+    /// The first process, as the host numbers it.
+    pub pid: i32,
+    /// Where the host reaches the container's ports; `None` without a network.
+    pub address: Option<IpAddr>,
+    /// `Some` until taken.
+    pub stdout: Option<OutputStream>,
+    /// `Some` until taken.
+    pub stderr: Option<OutputStream>,
+    pub timings: StartTimings,
+    handle: ContainerHandle,
+    /// The process whose end is the container's end: runc's, or the container's own without isolation.
+    child: Child,
+    exit: Option<ContainerExit>,
+    /// `None` once disposed of.
+    remains: Option<Box<dyn Remains>>,
+}
+
+/// What a container has on the host, and what its runtime knows about its end.
+pub(crate) trait Remains: Send {
+    fn exit_of(&self, status: ExitStatus) -> ContainerExit;
+
+    /// Ends what still runs and removes everything, blocking. Called once; dropping without it must do the
+    /// same in the background.
+    fn remove(self: Box<Self>) -> Result<(), DisposeError>;
+}
+
+pub(crate) struct Started {
+    pub name: String,
+    pub pid: i32,
+    pub address: Option<IpAddr>,
+    pub stdout: OutputStream,
+    pub stderr: OutputStream,
+    pub timings: StartTimings,
+    pub handle: ContainerHandle,
+    pub child: Child,
+    pub remains: Box<dyn Remains>,
+}
+
+impl RunningContainer {
+    pub(crate) fn new(started: Started) -> Self {
+        Self {
+            name: started.name,
+            pid: started.pid,
+            address: started.address,
+            stdout: Some(started.stdout),
+            stderr: Some(started.stderr),
+            timings: started.timings,
+            handle: started.handle,
+            child: started.child,
+            exit: None,
+            remains: Some(started.remains),
+        }
+    }
+
+    /// For signalling from another task than the one that waits.
+    pub fn handle(&self) -> ContainerHandle {
+        self.handle.clone()
+    }
+
+    /// Waits for the end. Safe to cancel and to call again.
+    ///
+    /// The container's output may still hold what was printed last: read it to its end.
+    pub async fn wait(&mut self) -> ContainerExit {
+        if let Some(exit) = &self.exit {
+            return exit.clone();
+        }
+        self.handle.before_reaping().await;
+        let exit = match (self.child.wait().await, &self.remains) {
+            (Ok(status), Some(remains)) => remains.exit_of(status),
+            (Ok(_), None) => unreachable!("a disposed container cannot be waited for: dispose takes it"),
+            (Err(error), _) => {
+                tracing::error!(container = %self.name, %error, "lost track of a container's process");
+                ContainerExit::Lost
+            }
+        };
+        // Where runc stands for the container and was itself killed, the container must not outlive it.
+        self.kill();
+        self.exit = Some(exit.clone());
+        exit
+    }
+
+    /// Signals the first process. A container that has ended already is not an error.
+    pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
+        self.handle.signal(signal)
+    }
+
+    /// Kills every process at once; the end is seen by [`Self::wait`].
+    pub fn kill(&self) {
+        self.handle.kill();
+    }
+
+    /// Kills what still runs and removes everything that the container had on the host.
+    pub async fn dispose(mut self) -> Result<(), DisposeError> {
+        self.kill();
+        let name = self.name.clone();
+        let Ok(_) = tokio::time::timeout(KILL_TIMEOUT, self.wait()).await else {
+            return Err(DisposeError::StillRunning {
+                name,
+                seconds: KILL_TIMEOUT.as_secs(),
+            });
+        };
+        let Some(remains) = self.remains.take() else {
+            return Ok(());
+        };
+        match tokio::task::spawn_blocking(|| remains.remove()).await {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+}
+
+impl Drop for RunningContainer {
+    fn drop(&mut self) {
+        if self.remains.is_some() {
+            self.handle.kill();
+        }
+    }
+}
+
+impl fmt::Debug for RunningContainer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RunningContainer")
+            .field("name", &self.name)
+            .field("pid", &self.pid)
+            .field("address", &self.address)
+            .field("exit", &self.exit)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Signals one container; cheap to clone. It never reaches another process: it holds the process itself, not
+/// its number, which the kernel gives away again.
+#[derive(Clone)]
+pub struct ContainerHandle {
+    inner: Arc<HandleInner>,
+}
+
+struct HandleInner {
+    name: String,
+    /// `None` when the process had ended before it could be opened.
+    pidfd: Option<AsyncFd<OwnedFd>>,
+    /// Without a pid namespace, the group that a kill reaches; `None` when its leader has been reaped and its
+    /// number may belong to someone else.
+    group: Mutex<Option<nix::unistd::Pid>>,
+}
+
+impl ContainerHandle {
+    /// `belongs` is asked once the process is held: whether it is still the container's and not one that got
+    /// its number.
+    pub(crate) fn open(name: &str, pid: i32, belongs: impl FnOnce() -> bool) -> io::Result<Self> {
+        let pidfd = match open_pidfd(pid)? {
+            Some(pidfd) if belongs() => Some(descriptor::watch(pidfd)?),
+            _ => None,
+        };
+        Ok(Self {
+            inner: Arc::new(HandleInner {
+                name: name.to_owned(),
+                pidfd,
+                group: Mutex::new(None),
+            }),
+        })
+    }
+
+    /// For a process that leads a group of its own and is our child, so that its number cannot be reused yet.
+    pub(crate) fn open_group_leader(name: &str, pid: i32) -> io::Result<Self> {
+        let pidfd = open_pidfd(pid)?.map(descriptor::watch).transpose()?;
+        let group = Mutex::new(Some(nix::unistd::Pid::from_raw(pid)));
+        Ok(Self {
+            inner: Arc::new(HandleInner {
+                name: name.to_owned(),
+                pidfd,
+                group,
+            }),
+        })
+    }
+
+    /// Signals the first process. A container that has ended already is not an error.
+    pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
+        let Some(pidfd) = &self.inner.pidfd else { return Ok(()) };
+        let failed = |source| SignalError {
+            name: self.inner.name.clone(),
+            signal,
+            source,
+        };
+        let number = rustix::process::Signal::from_named_raw(signal as i32)
+            .ok_or_else(|| failed(io::Error::from(io::ErrorKind::InvalidInput)))?;
+        match pidfd_send_signal(pidfd.get_ref().as_fd(), number) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    /// Kills every process at once. The first process of a pid namespace takes the others with it.
+    pub fn kill(&self) {
+        self.kill_group();
+        if let Err(error) = self.signal(Signal::SIGKILL) {
+            tracing::error!(container = %self.inner.name, error = %error.source, "failed to kill a container");
+        }
+    }
+
+    /// Without a pid namespace, ends the group while its dead leader still keeps the number taken.
+    async fn before_reaping(&self) {
+        let has_group = self
+            .inner
+            .group
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some();
+        if !has_group {
+            return;
+        }
+        if let Some(pidfd) = &self.inner.pidfd
+            && let Err(error) = pidfd.readable().await
+        {
+            tracing::error!(container = %self.inner.name, %error, "failed to wait for a process");
+        }
+        self.kill_group();
+        *self.inner.group.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    fn kill_group(&self) {
+        // Held while killing, so that the number cannot be given up in between.
+        let group = self.inner.group.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(group) = *group {
+            match nix::sys::signal::killpg(group, Signal::SIGKILL) {
+                Ok(()) | Err(nix::errno::Errno::ESRCH) => {}
+                Err(error) => tracing::error!(container = %self.inner.name, %error, "failed to kill a process group"),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for ContainerHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ContainerHandle")
+            .field("name", &self.inner.name)
+            .finish_non_exhaustive()
+    }
+}
+
+/// `None` if there is no such process any more.
+pub(crate) fn open_pidfd(pid: i32) -> io::Result<Option<OwnedFd>> {
+    let pid = Pid::from_raw(pid).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+    match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Ok(pidfd) => Ok(Some(pidfd)),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A pipe whose reading end belongs to the platform and whose writing end becomes a container's output.
+pub(crate) fn output_pipe() -> io::Result<(OutputStream, OwnedFd)> {
+    let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    rustix::io::ioctl_fionbio(&reader, true)?;
+    Ok((OutputStream::from_owned_fd(reader)?, writer))
+}
