@@ -1,0 +1,233 @@
+//! Functions: created as drafts, looked up, bound to parameters.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use ionian_domain::app::App;
+use ionian_domain::function::{Autoscaler, Binding, Function, FunctionSpec};
+use ionian_domain::web::{WebKind, WebSpec};
+use ionian_domain::{AppId, ClassId, DefinitionId, ErrorKind, FunctionId, Timestamp};
+use ionian_scheduler::{Event, PoolSettings, PoolStats};
+use sha2::{Digest, Sha256};
+
+use super::routes;
+use crate::error::{Error, Result};
+use crate::Control;
+
+/// What a function gets that asks for nothing; the hosted product has the same defaults.
+const DEFAULT_CPU_MILLIS: u32 = 125;
+const DEFAULT_MEMORY_MIB: u32 = 128;
+
+pub struct Functions<'a>(pub(crate) &'a Control);
+
+/// What a client asks of a web endpoint, before it has a label.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WebWish {
+    pub kind: WebKind,
+    /// `label=`; empty for the default.
+    pub label: String,
+    pub ephemeral_suffix: String,
+    pub requires_proxy_auth: bool,
+    pub port: Option<u16>,
+    pub startup_timeout: Duration,
+}
+
+impl Functions<'_> {
+    /// The endpoint that a wish becomes in this app.
+    pub fn grant(&self, app: &App, tag: &str, method: Option<&str>, wish: &WebWish) -> WebSpec {
+        let app_name = app.name.as_deref().unwrap_or(&app.description);
+        let wanted = routes::slug(&wish.label);
+        let label = if wanted.is_empty() { routes::default_label(app_name, tag, method) } else { wanted };
+        let label = format!("{label}{}", routes::dev_suffix(app.state, &wish.ephemeral_suffix));
+        let (_, label_truncated) = routes::host_label(&self.0.config().workspace, "", &label);
+        WebSpec {
+            kind: wish.kind,
+            label,
+            label_truncated,
+            requires_proxy_auth: wish.requires_proxy_auth,
+            port: wish.port,
+            startup_timeout: wish.startup_timeout,
+        }
+    }
+
+    /// The id that a function of this app has, or gets.
+    pub async fn reserve(&self, app: &App, existing: Option<FunctionId>, tag: &str) -> Result<FunctionId> {
+        match existing {
+            Some(id) => {
+                if let Some(function) = self.0.store().functions().find(id).await?
+                    && function.app_id != app.id
+                {
+                    return Err(Error::precondition(format!("function {id} belongs to another app")));
+                }
+                Ok(id)
+            }
+            None => Ok(app.layout.functions.get(tag).copied().unwrap_or_else(FunctionId::generate)),
+        }
+    }
+
+    /// Records a function's definition as a draft. An unchanged definition keeps its id, so that a
+    /// publish of it restarts nothing.
+    pub async fn create(&self, app: &App, id: FunctionId, spec: FunctionSpec) -> Result<Function> {
+        if spec.name.is_empty() {
+            return Err(Error::invalid("the function has no name"));
+        }
+        let existing = self.0.store().functions().find(id).await?;
+        let unchanged = existing.as_ref().filter(|function| function.spec == spec && function.app_id == app.id);
+        if let Some(function) = unchanged {
+            return Ok(function.clone());
+        }
+        let function = Function {
+            id,
+            app_id: app.id,
+            definition_id: DefinitionId::generate(),
+            spec,
+            binding: None,
+            created_at: existing.map_or_else(Timestamp::now, |function| function.created_at),
+        };
+        self.0.store().functions().upsert(&function).await?;
+        Ok(function)
+    }
+
+    pub async fn get(&self, id: FunctionId) -> Result<Function> {
+        let found = self.0.store().functions().find(id).await?;
+        found.ok_or_else(|| Error::not_found(format!("function {id} does not exist")))
+    }
+
+    /// A function of a deployed app, at its published definition.
+    pub async fn get_by_name(&self, environment: &str, app_name: &str, tag: &str) -> Result<(App, Function)> {
+        let app = self.0.apps().get_by_name(environment, app_name).await?;
+        let id = app.layout.functions.get(tag).copied();
+        let function = match id {
+            Some(id) => self.0.store().functions().find_published(id).await?,
+            None => None,
+        };
+        let function = function.ok_or_else(|| {
+            let known: Vec<&str> = app.layout.functions.keys().map(String::as_str).collect();
+            let hint = if known.is_empty() { "it has no functions".to_owned() } else { format!("it has: {}", known.join(", ")) };
+            Error::not_found(format!("Function '{tag}' not found in app '{app_name}'; {hint}"))
+        })?;
+        Ok((app, function))
+    }
+
+    /// The function at the definition that runs: the published one, or a draft that never was.
+    pub async fn get_running(&self, id: FunctionId) -> Result<Function> {
+        match self.0.store().functions().find_published(id).await? {
+            Some(function) => Ok(function),
+            None => self.get(id).await,
+        }
+    }
+
+    /// A class object of an app. It has no content of its own; its service function has.
+    pub async fn create_class(&self, app: &App, existing: Option<ClassId>, name: &str) -> Result<ClassId> {
+        let id = existing.or_else(|| app.layout.classes.get(name).copied()).unwrap_or_else(ClassId::generate);
+        let class = ionian_store::classes::Class { id, app_id: app.id, name: name.to_owned() };
+        self.0.store().classes().upsert(&class).await?;
+        Ok(id)
+    }
+
+    pub async fn get_class(&self, environment: &str, app_name: &str, name: &str) -> Result<(App, ClassId)> {
+        let app = self.0.apps().get_by_name(environment, app_name).await?;
+        match app.layout.classes.get(name).copied() {
+            Some(id) => Ok((app, id)),
+            None => Err(Error::not_found(format!("Class '{name}' not found in app '{app_name}'"))),
+        }
+    }
+
+    /// A variant of a function: a class with parameters, or with other options. Equal bindings are one
+    /// variant, with one pool of containers.
+    pub async fn bind(&self, base: &Function, spec: FunctionSpec, params: Bytes, options: &[u8]) -> Result<Function> {
+        let mut hasher = Sha256::new();
+        hasher.update(base.id.to_string().as_bytes());
+        hasher.update((params.len() as u64).to_be_bytes());
+        hasher.update(&params);
+        hasher.update(options);
+        let id = FunctionId::from_digest(&hasher.finalize().into());
+        let existing = self.0.store().functions().find(id).await?;
+        let unchanged = existing.as_ref().is_some_and(|function| function.spec == spec);
+        let function = Function {
+            id,
+            app_id: base.app_id,
+            definition_id: match &existing {
+                Some(function) if unchanged => function.definition_id,
+                Some(_) | None => DefinitionId::generate(),
+            },
+            spec,
+            binding: Some(Binding { base: base.id, serialized_params: params }),
+            created_at: existing.map_or_else(Timestamp::now, |function| function.created_at),
+        };
+        if !unchanged {
+            self.0.store().functions().upsert(&function).await?;
+        }
+        let app = self.0.apps().get(base.app_id).await?;
+        if app.state.accepts_work() {
+            self.0.turn().tell(Control::activation(&function)).await?;
+        }
+        Ok(function)
+    }
+
+    pub async fn stats(&self, id: FunctionId) -> Result<PoolStats> {
+        self.0.turn().inspect(move |scheduler| scheduler.pool_stats(id)).await
+    }
+
+    pub async fn update_autoscaler(&self, id: FunctionId, autoscaler: Autoscaler) -> Result<()> {
+        self.0.turn().ask(|reply| Event::AutoscalerUpdated { function_id: id, autoscaler, reply }).await
+    }
+
+    /// Refuses an input that the container could only crash on.
+    pub(crate) fn check_method(function: &Function, method: Option<&str>) -> Result<()> {
+        match method {
+            Some(method) if !method.is_empty() && !function.spec.methods.iter().any(|known| known == method) => {
+                Err(Error::new(
+                    ErrorKind::InvalidArgument,
+                    format!("'{}' has no method '{method}'", function.spec.name.trim_end_matches(".*")),
+                ))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    pub async fn list_by_app(&self, app_id: AppId) -> Result<Vec<Function>> {
+        Ok(self.0.store().functions().list_by_app(app_id).await?)
+    }
+}
+
+impl Control {
+    /// Announces an app's functions, bound variants included, to the scheduler.
+    pub(crate) async fn activate(&self, app: &App) -> Result<()> {
+        let published = self.published_functions(app).await?;
+        for function in &published {
+            self.turn().tell(Self::activation(function)).await?;
+        }
+        for bound in self.store().functions().list_by_app(app.id).await? {
+            let Some(binding) = &bound.binding else { continue };
+            if published.iter().any(|function| function.id == binding.base) {
+                self.turn().tell(Self::activation(&bound)).await?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn activation(function: &Function) -> Event {
+        let spec = &function.spec;
+        let slots = spec.concurrency.max_inputs.max(1);
+        let target = spec.concurrency.target_inputs;
+        Event::FunctionActivated {
+            function_id: function.id,
+            settings: PoolSettings {
+                app_id: function.app_id,
+                definition_id: function.definition_id,
+                is_web: spec.is_web() || !spec.web_methods.is_empty(),
+                autoscaler: spec.autoscaler.clone(),
+                slots,
+                target_slots: if target == 0 { slots } else { target.min(slots) },
+                batching: spec.batching,
+                retry: spec.retry,
+                timeout: spec.timeout,
+                startup_timeout: spec.startup_timeout,
+                single_use: false,
+                cpu_millis: spec.resources.cpu_millis.unwrap_or(DEFAULT_CPU_MILLIS),
+                memory_mib: spec.resources.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
+            },
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Use cases, one file per noun.
+
+pub mod apps;
+pub mod calls;
+pub mod container_calls;
+pub mod environments;
+pub mod functions;
+pub mod images;
+pub mod mounts;
+pub mod routes;
+pub mod secrets;
+pub mod tokens;

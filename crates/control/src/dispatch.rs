@@ -1,0 +1,221 @@
+//! Turns the scheduler's desired entries into what a worker needs (D7), and the worker's reports into
+//! events.
+//!
+//! Building a container's specification reads the store (image, files, secrets), so it happens here
+//! and not in the turn loop. A container whose specification cannot be built is reported as one that
+//! failed to start.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use ionian_domain::app::App;
+use ionian_domain::container::{ContainerExit, ContainerSpec, WebHookMode};
+use ionian_domain::environment::Environment;
+use ionian_domain::function::Function;
+use ionian_domain::image::ImageState;
+use ionian_domain::mount::MountFile;
+use ionian_domain::web::WebKind;
+use ionian_domain::worker::{DesiredContainer, DesiredSet, Generation, WorkerReport};
+use ionian_domain::{ContainerId, Timestamp};
+use ionian_scheduler::{DesiredEntry, Event};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::containers::ContainerEntry;
+use crate::error::{Error, Result};
+use crate::Control;
+
+/// What the official runtime is told at its start; encoded by `api`, which knows the wire.
+pub struct ArgumentsRequest<'a> {
+    pub container_id: ContainerId,
+    pub app: &'a App,
+    pub environment: &'a Environment,
+    pub function: &'a Function,
+    /// All functions of the app, so that code in the container can call them.
+    pub functions: &'a [Function],
+    /// The hook needs the runtime's event loop to spin, which it does for concurrent functions only.
+    pub web_hook: WebHookMode,
+}
+
+/// Encodes the runtime's arguments. Given by `server`.
+pub type ArgumentsFn = Arc<dyn Fn(&Control, &ArgumentsRequest<'_>) -> bytes::Bytes + Send + Sync>;
+
+/// Keeps the worker's desired set in step with the scheduler's entries.
+pub(crate) async fn run(
+    control: Control,
+    mut entries: watch::Receiver<Vec<DesiredEntry>>,
+    desired: watch::Sender<DesiredSet>,
+    cancel: CancellationToken,
+) {
+    let mut specs: HashMap<ContainerId, Arc<ContainerSpec>> = HashMap::new();
+    let mut generation = Generation::default();
+    loop {
+        let changed = tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = entries.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
+        }
+        let wanted = entries.borrow_and_update().clone();
+        specs.retain(|id, _| wanted.iter().any(|entry| entry.container_id == *id));
+        let mut containers = Vec::with_capacity(wanted.len());
+        for entry in wanted {
+            let spec = match specs.get(&entry.container_id) {
+                Some(spec) => Arc::clone(spec),
+                None => match build_spec(&control, &entry).await {
+                    Ok(spec) => {
+                        let spec = Arc::new(spec);
+                        specs.insert(entry.container_id, Arc::clone(&spec));
+                        spec
+                    }
+                    Err(error) => {
+                        tracing::error!(
+                            container = %entry.container_id,
+                            error = &error as &dyn std::error::Error,
+                            "a container could not be prepared"
+                        );
+                        let exit = ContainerExit::StartFailed { message: error.to_string() };
+                        let event = Event::WorkerExited { container_id: entry.container_id, exit };
+                        if control.turn().tell(event).await.is_err() {
+                            return;
+                        }
+                        continue;
+                    }
+                },
+            };
+            containers.push(DesiredContainer { id: entry.container_id, spec, state: entry.state });
+        }
+        generation.0 += 1;
+        desired.send_replace(DesiredSet { generation, containers });
+    }
+}
+
+/// Passes the worker's observations on.
+pub(crate) async fn observe(control: Control, mut reports: mpsc::Receiver<WorkerReport>) {
+    while let Some(report) = reports.recv().await {
+        let event = match report {
+            WorkerReport::Started(started) => {
+                control.containers().started(started.container_id, started.address);
+                let steps: Vec<String> = started
+                    .timings
+                    .steps
+                    .iter()
+                    .map(|(step, took)| format!("{step}={:.1}ms", took.as_secs_f64() * 1e3))
+                    .collect();
+                tracing::debug!(container = %started.container_id, steps = steps.join(" "), "container started");
+                Event::WorkerStarted { container_id: started.container_id }
+            }
+            WorkerReport::Exited { container_id, exit } => {
+                let failed = exit != ContainerExit::Exited { code: 0 };
+                if failed {
+                    tracing::info!(container = %container_id, %exit, "container ended");
+                }
+                if failed && let Some(entry) = control.containers().find(container_id) {
+                    control.logs().say(&entry, &format!("{exit}\n")).await;
+                }
+                Event::WorkerExited { container_id, exit }
+            }
+        };
+        if control.turn().tell(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<ContainerSpec> {
+    let (_, spec) = control
+        .store()
+        .functions()
+        .find_definition(entry.definition_id)
+        .await?
+        .ok_or_else(|| Error::not_found(format!("definition {} does not exist", entry.definition_id)))?;
+    let function = control.functions().get(entry.function_id).await?;
+    // The function may have a newer draft; the container runs the definition that was decided on.
+    let function = Function { definition_id: entry.definition_id, spec, ..function };
+    let app = control.apps().get(function.app_id).await?;
+    let environment = control.environments().get_by_id(app.environment_id).await?;
+    let spec = &function.spec;
+    let image_id = spec
+        .image_id
+        .ok_or_else(|| Error::precondition(format!("function '{}' has no image", spec.name)))?;
+    let image = match control.images().get(image_id).await?.state {
+        ImageState::Ready { image } => image,
+        ImageState::Building | ImageState::Failed { .. } => {
+            return Err(Error::precondition(format!("the image {image_id} of function '{}' is not built", spec.name)));
+        }
+    };
+    if !spec.volume_mounts.is_empty() {
+        return Err(Error::new(
+            ionian_domain::ErrorKind::Unimplemented,
+            format!("function '{}' mounts volumes, which are not available on this server yet", spec.name),
+        ));
+    }
+    if let Some(gpu) = &spec.resources.gpu {
+        return Err(Error::precondition(format!(
+            "function '{}' asks for a GPU ({} {}), and this worker has none",
+            spec.name, gpu.count, gpu.kind
+        )));
+    }
+    let mut files: Vec<MountFile> = Vec::new();
+    for mount_id in &spec.mount_ids {
+        files.extend(control.mounts().get(*mount_id).await?.files);
+    }
+    let secret_env = control.secrets().open(&spec.secret_ids).await?;
+    let functions = control.published_functions(&app).await?;
+    let hooked = spec.web.as_ref().into_iter().chain(spec.web_methods.iter().map(|(_, web)| web)).any(|web| {
+        match web.kind {
+            WebKind::AsgiApp | WebKind::FastapiEndpoint | WebKind::WsgiApp => true,
+            WebKind::WebServer => false,
+        }
+    });
+    let web_hook = if hooked && control.config().web_hook { WebHookMode::On } else { WebHookMode::Off };
+    let arguments = control.encode_arguments(&ArgumentsRequest {
+        container_id: entry.container_id,
+        app: &app,
+        environment: &environment,
+        function: &function,
+        functions: &functions,
+        web_hook,
+    });
+    let credential = control.containers().issue_credential(entry.container_id);
+    let platform_env = BTreeMap::from([
+        ("MODAL_SERVER_URL".to_owned(), control.config().container_server_url.clone()),
+        ("MODAL_IS_REMOTE".to_owned(), "1".to_owned()),
+        ("MODAL_TASK_ID".to_owned(), entry.container_id.to_string()),
+        ("MODAL_IMAGE_ID".to_owned(), image_id.to_string()),
+        ("MODAL_ENVIRONMENT".to_owned(), environment.name.clone()),
+        ("MODAL_CLOUD_PROVIDER".to_owned(), "CLOUD_PROVIDER_UNSPECIFIED".to_owned()),
+        ("MODAL_REGION".to_owned(), "local".to_owned()),
+        ("MODAL_OVERRIDE_HEADERS".to_owned(), format!("{CREDENTIAL_HEADER}:{credential}")),
+    ]);
+    let app_name = app.name.clone().unwrap_or_else(|| app.description.clone());
+    let container = ContainerSpec {
+        app_id: app.id,
+        function_id: function.id,
+        function_name: spec.name.clone(),
+        runtime: control.config().runtime,
+        image_id,
+        image: Arc::new(image),
+        files,
+        volumes: spec.volume_mounts.clone(),
+        resources: spec.resources.clone(),
+        secret_env,
+        platform_env,
+        arguments,
+        client_version: spec.client_version.clone(),
+        mount_client_dependencies: spec.mount_client_dependencies,
+        web_hook,
+    };
+    control.containers().insert(ContainerEntry::new(
+        entry.container_id,
+        app_name,
+        environment.name,
+        Arc::new(function),
+        Timestamp::now(),
+    ));
+    Ok(container)
+}
+
+/// The request header that carries a container's credential.
+pub const CREDENTIAL_HEADER: &str = "x-ionian-container";

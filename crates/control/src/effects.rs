@@ -1,0 +1,109 @@
+//! What happens after a commit: the scheduler's commands, carried out.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ionian_domain::outcome::OutcomeStatus;
+use ionian_domain::web::PoolEvent;
+use ionian_domain::{AppId, CallId, Outcome};
+use ionian_scheduler::{Command, ContainerView, DesiredEntry, Scheduler};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+
+use crate::containers::Containers;
+use crate::data_channel::DataChannels;
+
+/// Wakes readers of a call's outputs.
+#[derive(Debug, Clone, Default)]
+pub struct OutputsHub {
+    calls: Arc<Mutex<HashMap<CallId, watch::Sender<u64>>>>,
+}
+
+impl OutputsHub {
+    /// Sees every output from now on. Subscribe first, read the store next, wait last.
+    pub fn subscribe(&self, call_id: CallId) -> watch::Receiver<u64> {
+        self.calls.lock().entry(call_id).or_insert_with(|| watch::channel(0).0).subscribe()
+    }
+
+    fn announce(&self, call_id: CallId, last_sequence: u64) {
+        let mut calls = self.calls.lock();
+        if let Some(sender) = calls.get(&call_id) {
+            if sender.receiver_count() == 0 {
+                calls.remove(&call_id);
+            } else {
+                sender.send_replace(last_sequence);
+            }
+        }
+    }
+}
+
+/// Which containers exist, for lists and for the end of an app's logs.
+pub type ContainersSnapshot = Arc<Vec<ContainerView>>;
+
+/// The outlets of the turn loop.
+pub(crate) struct Effects {
+    pub outputs: OutputsHub,
+    pub containers: Containers,
+    pub data_channels: DataChannels,
+    pub pool_events: mpsc::Sender<PoolEvent>,
+    pub desired: watch::Sender<Vec<DesiredEntry>>,
+    pub snapshot: watch::Sender<ContainersSnapshot>,
+    pub notices: mpsc::Sender<Notice>,
+}
+
+/// Something the platform says in an app's log.
+#[derive(Debug)]
+pub struct Notice {
+    pub function_id: ionian_domain::FunctionId,
+    pub app_id: Option<AppId>,
+    pub text: String,
+}
+
+impl Effects {
+    pub(crate) async fn release(&self, scheduler: &Scheduler, commands: Vec<Command>, desired_changed: bool) {
+        if desired_changed {
+            self.desired.send_replace(scheduler.desired());
+        }
+        if desired_changed || !commands.is_empty() {
+            self.snapshot.send_replace(Arc::new(scheduler.containers()));
+        }
+        for command in commands {
+            match command {
+                Command::OutputsReady { call_id, last_sequence } => self.outputs.announce(call_id, last_sequence),
+                Command::CancelInputs { container_id, input_ids } => self.containers.cancel(container_id, input_ids),
+                Command::WebReady { function_id, container_id } => {
+                    let (slots, targets) = self.containers.web_targets(container_id);
+                    if targets.iter().any(|(_, target)| *target == ionian_domain::web::WebTarget::DataChannel) {
+                        self.data_channels.attach(container_id);
+                    }
+                    self.tell(PoolEvent::Ready { function_id, container_id, slots, targets }).await;
+                }
+                Command::WebDraining { function_id, container_id } => {
+                    self.tell(PoolEvent::Draining { function_id, container_id }).await;
+                }
+                Command::WebGone { function_id, container_id } => {
+                    let outcome = Outcome::decided(OutcomeStatus::InternalFailure, "the container ended");
+                    self.data_channels.detach(container_id, &outcome);
+                    self.tell(PoolEvent::Gone { function_id, container_id }).await;
+                }
+                Command::WebStartFailed { function_id, container_id, message } => {
+                    self.tell(PoolEvent::StartFailed { function_id, container_id, message }).await;
+                }
+                Command::Forget { container_id } => self.containers.forget(container_id),
+                Command::BackedOff { function_id, failures, until } => {
+                    let seconds = until.since(ionian_domain::Timestamp::now()).as_secs();
+                    let text = format!(
+                        "{failures} containers in a row could not be set up; the next start waits {seconds} s\n"
+                    );
+                    // A full queue means that notices come faster than they are written; one more adds nothing.
+                    let _full = self.notices.try_send(Notice { function_id, app_id: None, text });
+                }
+            }
+        }
+    }
+
+    async fn tell(&self, event: PoolEvent) {
+        // The ingress is gone only while the process shuts down.
+        let _closed = self.pool_events.send(event).await;
+    }
+}

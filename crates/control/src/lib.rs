@@ -1,0 +1,26 @@
+//! The application: one method per use case, the turn loop, background sweeps.
+//!
+//! [`Control`] is the handle that `api` and `ingress` hold. Its use cases are grouped by noun under
+//! [`app`]: `control.apps().publish(…)`. Nothing here knows a protobuf type, an SQL statement or a
+//! status code.
+
+pub mod app;
+pub mod caller;
+pub mod config;
+pub mod containers;
+pub mod data_channel;
+pub mod dispatch;
+pub mod effects;
+pub mod error;
+pub mod logs;
+pub mod seal;
+mod start;
+pub mod turn_loop;
+pub mod web;
+
+pub use app::images::{BuildFailure, BuildFn, BuildJob};
+pub use caller::Caller;
+pub use config::ControlConfig;
+pub use error::{Error, Result};
+pub use ionian_scheduler::AttemptReport;
+pub use start::{Control, Parts, StartError, Started};

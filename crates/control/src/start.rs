@@ -1,0 +1,437 @@
+//! Control's assembly: its parts, its tasks, its recovery.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ionian_blobs::{BlobStore, ContentStore};
+use ionian_domain::app::AppState;
+use ionian_domain::environment::Environment;
+use ionian_domain::web::PoolEvent;
+use ionian_domain::worker::{DesiredSet, WorkerReport};
+use ionian_domain::{AppId, EnvironmentId, Timestamp};
+use ionian_scheduler::{Event, Scheduler};
+use ionian_store::Store;
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use zeroize::Zeroizing;
+
+use crate::app::calls::{Calls, GeneratorStreams, Payloads};
+use crate::app::images::{Builds, Images, PresentFn};
+use crate::app::{
+    apps::Apps, container_calls::ContainerCalls, environments::Environments, functions::Functions, mounts::Mounts,
+    secrets::Secrets, tokens::Tokens,
+};
+use crate::containers::Containers;
+use crate::data_channel::DataChannels;
+use crate::dispatch::{ArgumentsFn, ArgumentsRequest};
+use crate::effects::{ContainersSnapshot, Effects, Notice, OutputsHub};
+use crate::error::Error;
+use crate::logs::{LogError, Logs};
+use crate::seal::Sealer;
+use crate::turn_loop::{self, TurnHandle};
+use crate::web::{DemandReport, DemandSender, RouteTable, WebLink};
+use crate::{BuildFn, ControlConfig, dispatch};
+
+/// Events for the ingress; it drains them at once, and control waits where it does not.
+const POOL_EVENTS: usize = 1024;
+const DEMAND_REPORTS: usize = 1024;
+const WORKER_REPORTS: usize = 1024;
+const NOTICES: usize = 256;
+/// How often abandoned apps and streams are looked for.
+const SWEEP_PERIOD: Duration = Duration::from_secs(10);
+
+/// What control is made of.
+pub struct Parts {
+    pub config: ControlConfig,
+    pub store: Store,
+    pub content: ContentStore,
+    pub blobs: BlobStore,
+    /// Seals secrets. Kept apart from the database.
+    pub secret_key: Zeroizing<[u8; 32]>,
+    /// Signs container credentials.
+    pub container_key: [u8; 32],
+    pub build: BuildFn,
+    pub layers_present: PresentFn,
+    pub encode_arguments: ArgumentsFn,
+    pub cancel: CancellationToken,
+}
+
+/// What the other parts of the process get.
+pub struct Started {
+    pub control: Control,
+    pub web: WebLink,
+    /// For the worker: what should be.
+    pub desired: watch::Receiver<DesiredSet>,
+    /// From the worker: what was seen.
+    pub reports: mpsc::Sender<WorkerReport>,
+    /// Tasks without which nothing goes on. When one ends before the process is told to, it crashed,
+    /// and the process must end too: a restart recovers from what is recorded.
+    pub essential: JoinSet<()>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error("cannot read the recorded state")]
+    Store(#[from] ionian_store::StoreError),
+    #[error("cannot open the logs")]
+    Logs(#[from] LogError),
+    #[error("cannot restore the recorded state")]
+    Recovery(#[from] Error),
+}
+
+struct Inner {
+    config: ControlConfig,
+    store: Store,
+    content: ContentStore,
+    blobs: BlobStore,
+    sealer: Sealer,
+    turn: TurnHandle,
+    outputs: OutputsHub,
+    payloads: Payloads,
+    streams: GeneratorStreams,
+    containers: Containers,
+    data_channels: DataChannels,
+    snapshot: watch::Receiver<ContainersSnapshot>,
+    logs: Logs,
+    builds: Builds,
+    images_turn: tokio::sync::Mutex<()>,
+    routes: watch::Sender<Arc<RouteTable>>,
+    routes_turn: tokio::sync::Mutex<()>,
+    heartbeats: Heartbeats,
+    build: BuildFn,
+    layers_present: PresentFn,
+    encode_arguments: ArgumentsFn,
+    cancel: CancellationToken,
+}
+
+/// The application's handle. Cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("config", &self.inner.config).finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// Recovers the recorded state and starts the tasks. They end with `parts.cancel`.
+    pub async fn start(parts: Parts) -> Result<Started, StartError> {
+        let (turn, messages) = TurnHandle::channel();
+        let (pool_events, pool) = mpsc::channel::<PoolEvent>(POOL_EVENTS);
+        let (demand_sender, demand) = mpsc::channel::<DemandReport>(DEMAND_REPORTS);
+        let (entries_sender, entries) = watch::channel(Vec::new());
+        let (desired_sender, desired) = watch::channel(DesiredSet::default());
+        let (snapshot_sender, snapshot) = watch::channel(ContainersSnapshot::default());
+        let (reports, incoming_reports) = mpsc::channel(WORKER_REPORTS);
+        let (notices, incoming_notices) = mpsc::channel(NOTICES);
+        let (routes, routes_receiver) = watch::channel(Arc::new(RouteTable::default()));
+        let logs = Logs::open(parts.config.data_dir.join("logs"))?;
+        let containers = Containers::new(parts.container_key);
+        let data_channels = DataChannels::default();
+        let outputs = OutputsHub::default();
+        let effects = Effects {
+            outputs: outputs.clone(),
+            containers: containers.clone(),
+            data_channels: data_channels.clone(),
+            pool_events,
+            desired: entries_sender,
+            snapshot: snapshot_sender,
+            notices,
+        };
+        let scheduler = Scheduler::new(parts.config.scheduler.clone());
+        let control = Self {
+            inner: Arc::new(Inner {
+                sealer: Sealer::new(&parts.secret_key),
+                config: parts.config,
+                store: parts.store.clone(),
+                content: parts.content,
+                blobs: parts.blobs,
+                turn,
+                outputs,
+                payloads: Payloads::default(),
+                streams: GeneratorStreams::default(),
+                containers,
+                data_channels: data_channels.clone(),
+                snapshot,
+                logs,
+                builds: Builds::default(),
+                images_turn: tokio::sync::Mutex::default(),
+                routes,
+                routes_turn: tokio::sync::Mutex::default(),
+                heartbeats: Heartbeats::default(),
+                build: parts.build,
+                layers_present: parts.layers_present,
+                encode_arguments: parts.encode_arguments,
+                cancel: parts.cancel.clone(),
+            }),
+        };
+        let mut essential = JoinSet::new();
+        essential.spawn(turn_loop::run(scheduler, parts.store, effects, messages, parts.cancel.clone()));
+        essential.spawn(dispatch::run(control.clone(), entries, desired_sender, parts.cancel.clone()));
+        essential.spawn(dispatch::observe(control.clone(), incoming_reports));
+        essential.spawn(write_notices(control.clone(), incoming_notices));
+        essential.spawn(pass_demand_on(control.clone(), demand));
+        control.ensure_default_environment().await?;
+        control.recover().await?;
+        essential.spawn(sweep(control.clone(), parts.cancel));
+        let web = WebLink { routes: routes_receiver, pool, demand: DemandSender(demand_sender), data_channels };
+        Ok(Started { control, web, desired, reports, essential })
+    }
+
+    async fn ensure_default_environment(&self) -> Result<(), Error> {
+        if self.store().environments().find_default().await?.is_none() {
+            let environment = Environment {
+                id: EnvironmentId::generate(),
+                name: crate::app::environments::DEFAULT_NAME.to_owned(),
+                web_suffix: String::new(),
+                is_default: true,
+                created_at: Timestamp::now(),
+            };
+            self.store().environments().insert(&environment).await?;
+        }
+        Ok(())
+    }
+
+    /// Announces live apps, then folds the recorded calls and inputs.
+    async fn recover(&self) -> Result<(), Error> {
+        for app in self.store().apps().list_all_live().await? {
+            match app.state {
+                AppState::Initializing | AppState::Ephemeral => self.heartbeats().touch(app.id),
+                AppState::Detached | AppState::Deployed | AppState::Stopping | AppState::Stopped => {}
+            }
+            if app.version > 0 {
+                self.activate(&app).await?;
+            }
+        }
+        let recovered = self.store().calls().load_pending().await?;
+        let (calls, inputs) = (recovered.calls.len(), recovered.inputs.len());
+        self.turn().tell(Event::Recovered(recovered)).await?;
+        self.republish_routes().await?;
+        tracing::info!(calls, inputs, "recorded state restored");
+        Ok(())
+    }
+
+    /// Ends every container; returns when they are gone or `limit` is over.
+    pub async fn shut_down(&self, limit: Duration) {
+        if self.turn().tell(Event::ShuttingDown).await.is_err() {
+            return;
+        }
+        let mut snapshot = self.inner.snapshot.clone();
+        let empty = async {
+            // The first look may be older than the event; the turn that handles it publishes anew.
+            if self.turn().inspect(|scheduler| scheduler.containers().is_empty()).await.unwrap_or(true) {
+                return;
+            }
+            while snapshot.changed().await.is_ok() {
+                if snapshot.borrow_and_update().is_empty() {
+                    return;
+                }
+            }
+        };
+        if tokio::time::timeout(limit, empty).await.is_err() {
+            tracing::warn!("containers were still running when the server ended");
+        }
+    }
+
+    pub fn config(&self) -> &ControlConfig {
+        &self.inner.config
+    }
+
+    pub fn apps(&self) -> Apps<'_> {
+        Apps(self)
+    }
+
+    pub fn calls(&self) -> Calls<'_> {
+        Calls(self)
+    }
+
+    pub fn container_calls(&self) -> ContainerCalls<'_> {
+        ContainerCalls(self)
+    }
+
+    pub fn environments(&self) -> Environments<'_> {
+        Environments(self)
+    }
+
+    pub fn functions(&self) -> Functions<'_> {
+        Functions(self)
+    }
+
+    pub fn images(&self) -> Images<'_> {
+        Images(self)
+    }
+
+    pub fn mounts(&self) -> Mounts<'_> {
+        Mounts(self)
+    }
+
+    pub fn secrets(&self) -> Secrets<'_> {
+        Secrets(self)
+    }
+
+    pub fn tokens(&self) -> Tokens<'_> {
+        Tokens(self)
+    }
+
+    pub fn content(&self) -> &ContentStore {
+        &self.inner.content
+    }
+
+    pub fn blobs(&self) -> &BlobStore {
+        &self.inner.blobs
+    }
+
+    pub fn containers(&self) -> &Containers {
+        &self.inner.containers
+    }
+
+    pub fn data_channels(&self) -> &DataChannels {
+        &self.inner.data_channels
+    }
+
+    pub fn streams(&self) -> &GeneratorStreams {
+        &self.inner.streams
+    }
+
+    pub fn logs(&self) -> &Logs {
+        &self.inner.logs
+    }
+
+    /// The live containers, after every turn that changed them.
+    pub fn snapshot(&self) -> watch::Receiver<ContainersSnapshot> {
+        self.inner.snapshot.clone()
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.inner.store
+    }
+
+    pub(crate) fn turn(&self) -> &TurnHandle {
+        &self.inner.turn
+    }
+
+    pub(crate) fn sealer(&self) -> &Sealer {
+        &self.inner.sealer
+    }
+
+    pub(crate) fn payloads(&self) -> &Payloads {
+        &self.inner.payloads
+    }
+
+    pub(crate) fn outputs_hub(&self) -> &OutputsHub {
+        &self.inner.outputs
+    }
+
+    pub(crate) fn builds(&self) -> &Builds {
+        &self.inner.builds
+    }
+
+    pub(crate) fn images_turn(&self) -> &tokio::sync::Mutex<()> {
+        &self.inner.images_turn
+    }
+
+    pub(crate) fn routes(&self) -> &watch::Sender<Arc<RouteTable>> {
+        &self.inner.routes
+    }
+
+    pub(crate) fn routes_turn(&self) -> &tokio::sync::Mutex<()> {
+        &self.inner.routes_turn
+    }
+
+    pub(crate) fn heartbeats(&self) -> &Heartbeats {
+        &self.inner.heartbeats
+    }
+
+    pub(crate) fn build_fn(&self) -> &BuildFn {
+        &self.inner.build
+    }
+
+    pub(crate) fn layers_present(&self) -> &PresentFn {
+        &self.inner.layers_present
+    }
+
+    pub(crate) fn cancel_token(&self) -> &CancellationToken {
+        &self.inner.cancel
+    }
+
+    pub(crate) fn encode_arguments(&self, request: &ArgumentsRequest<'_>) -> bytes::Bytes {
+        (self.inner.encode_arguments)(self, request)
+    }
+
+    /// Where the data lies, for messages.
+    pub fn data_dir(&self) -> &Path {
+        &self.inner.config.data_dir
+    }
+}
+
+/// When the clients of sessions were last heard. In memory: a restart gives each a new chance.
+#[derive(Debug, Default)]
+pub(crate) struct Heartbeats {
+    seen: Mutex<HashMap<AppId, tokio::time::Instant>>,
+}
+
+impl Heartbeats {
+    pub(crate) fn touch(&self, id: AppId) {
+        self.seen.lock().insert(id, tokio::time::Instant::now());
+    }
+
+    pub(crate) fn forget(&self, id: AppId) {
+        self.seen.lock().remove(&id);
+    }
+
+    pub(crate) fn is_silent(&self, id: AppId, limit: Duration) -> bool {
+        self.seen.lock().get(&id).is_none_or(|seen| seen.elapsed() > limit)
+    }
+}
+
+/// What the platform says about a function, in its app's log.
+async fn write_notices(control: Control, mut notices: mpsc::Receiver<Notice>) {
+    while let Some(notice) = notices.recv().await {
+        let newest = control.snapshot().borrow().iter().filter(|c| c.function_id == notice.function_id).map(|c| c.id).next();
+        if let Some(entry) = newest.and_then(|id| control.containers().find(id)) {
+            control.logs().say(&entry, &notice.text).await;
+        }
+        tracing::info!(function = %notice.function_id, text = notice.text.trim_end(), "notice");
+    }
+}
+
+async fn pass_demand_on(control: Control, mut reports: mpsc::Receiver<DemandReport>) {
+    while let Some(report) = reports.recv().await {
+        let event = Event::WebDemand {
+            function_id: report.function_id,
+            queued: report.queued,
+            containers: report
+                .containers
+                .into_iter()
+                .map(|used| ionian_scheduler::WebUse {
+                    container_id: used.container_id,
+                    in_flight: used.in_flight,
+                    last_active: used.last_active,
+                })
+                .collect(),
+        };
+        if control.turn().tell(event).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn sweep(control: Control, cancel: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(SWEEP_PERIOD) => {}
+        }
+        if let Err(error) = control.apps().stop_abandoned().await {
+            tracing::error!(error = &error as &dyn std::error::Error, "abandoned apps could not be stopped");
+        }
+        control.streams().sweep();
+    }
+}
