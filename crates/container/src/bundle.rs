@@ -4,8 +4,9 @@
 //!
 //! **Capabilities.** Root in a container installs packages (`apt`, `dpkg`, `pip`), so it may change owners and
 //! modes, become other users, signal them, call `chroot`, bind low ports and give file capabilities away.
-//! Of Docker's default set it has not: `NET_RAW` (forging packets on the bridge; `ping` works by a sysctl),
-//! `MKNOD` (devices could not be opened anyway) and `SETPCAP`. `AUDIT_WRITE` stays, since PAM answers root's
+//! Of Docker's default set it has not: `NET_RAW` (forging packets on the bridge), `MKNOD` (devices could not be
+//! opened anyway) and `SETPCAP`. Programs can send pings, by a sysctl; Debian's `ping` cannot be run, since its
+//! file asks for `NET_RAW`, and the kernel refuses a file that asks for what is not there. `AUDIT_WRITE` stays, since PAM answers root's
 //! `su` and `chpasswd` with "system error" without it.
 
 use std::collections::HashSet;
@@ -49,7 +50,7 @@ const CAPABILITIES: [Capability; 11] = [
 const OPEN_FILES: (u64, u64) = (65_536, 524_288);
 
 /// Tell about the host, or change it.
-const MASKED_PATHS: [&str; 10] = [
+const MASKED_PATHS: [&str; 11] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/interrupts",
@@ -59,6 +60,7 @@ const MASKED_PATHS: [&str; 10] = [
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",
+    "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
 
@@ -332,9 +334,10 @@ fn system_mounts(limits: Limits) -> Result<Vec<Mount>, OciSpecError> {
 
 fn bind(wanted: &Bind) -> Result<Mount, OciSpecError> {
     // Read-only binds are not recursive: "ro" would not hold for a mount inside the source.
-    let options = match wanted.read_only {
-        true => ["bind", "ro", "nosuid", "nodev", "rprivate"],
-        false => ["rbind", "rw", "nosuid", "nodev", "rprivate"],
+    let options = if wanted.read_only {
+        ["bind", "ro", "nosuid", "nodev", "rprivate"]
+    } else {
+        ["rbind", "rw", "nosuid", "nodev", "rprivate"]
     };
     MountBuilder::default()
         .destination(Path::new(&wanted.target))

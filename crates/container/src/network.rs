@@ -349,26 +349,30 @@ async fn keep_filled(shared: Arc<Shared>) {
 }
 
 async fn create_slot(shared: &Arc<Shared>) -> Result<Slot, NetworkError> {
-    let claim = lock(&shared.addresses).claim()?;
-    let addresses = Arc::clone(&shared.addresses);
-    let plan = link::SlotPlan {
-        host_link: claim.host_link.clone(),
-        bridge: shared.bridge.clone(),
-        address: claim.address,
-        subnet: shared.subnet,
-        mtu: shared.mtu,
-    };
-    match blocking("create a network namespace", move || link::create_namespace(plan)).await {
-        Ok(namespace) => Ok(Slot {
-            namespace,
-            claim,
-            addresses,
-        }),
-        Err(error) => {
-            lock(&addresses).release(&claim);
-            Err(error)
+    let shared = Arc::clone(shared);
+    // The claim is made and given back inside, so that a caller who stops waiting leaks no address.
+    blocking("create a network namespace", move || {
+        let claim = lock(&shared.addresses).claim()?;
+        let plan = link::SlotPlan {
+            host_link: claim.host_link.clone(),
+            bridge: shared.bridge.clone(),
+            address: claim.address,
+            subnet: shared.subnet,
+            mtu: shared.mtu,
+        };
+        match link::create_namespace(plan) {
+            Ok(namespace) => Ok(Slot {
+                namespace,
+                claim,
+                addresses: Arc::clone(&shared.addresses),
+            }),
+            Err(error) => {
+                lock(&shared.addresses).release(&claim);
+                Err(error)
+            }
         }
-    }
+    })
+    .await
 }
 
 /// Containers reach the outside through this host, which must forward packets for that.

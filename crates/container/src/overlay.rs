@@ -233,20 +233,14 @@ fn mount_classic(
         .rev()
         .map(|layer| name(layer))
         .collect::<Result<Vec<_>, _>>()?;
-    let mut options = format!("lowerdir={}", layers.join(":"));
+    let mut options = vec![format!("lowerdir={}", layers.join(":"))];
     if let Some(writable) = writable {
-        options += &format!(
-            ",upperdir={},workdir={}",
-            name(writable.upper_dir)?,
-            name(writable.work_dir)?
-        );
-        if writable.volatile {
-            options += ",volatile";
-        }
+        options.push(format!("upperdir={}", name(writable.upper_dir)?));
+        options.push(format!("workdir={}", name(writable.work_dir)?));
+        options.extend(writable.volatile.then(|| "volatile".to_owned()));
     }
-    for (key, value) in OPTIONS {
-        options += &format!(",{key}={value}");
-    }
+    options.extend(OPTIONS.map(|(key, value)| format!("{key}={value}")));
+    let options = options.join(",");
     if options.len() > MAX_MOUNT_OPTIONS {
         let (layers, bytes) = (lower_dirs.len(), options.len());
         return Err(OverlayError::OptionsTooLong {

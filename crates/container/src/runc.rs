@@ -25,7 +25,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::process::{Child, Command};
 
 use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths};
-use crate::cgroup::{self, CgroupError, Hierarchies};
+use crate::cgroup::{CgroupError, Hierarchies};
 use crate::config::ContainerConfig;
 use crate::descriptor;
 use crate::mounts;
@@ -350,8 +350,11 @@ async fn start(inner: &Arc<Inner>, launch: Launch, leftovers: &mut Leftovers) ->
             });
         }
     };
-    let cgroup = inner.cgroup_of(&name);
-    let handle = ContainerHandle::open(&name, pid, || cgroup::contains(&cgroup, pid)).map_err(prepare)?;
+    // The first process is runc's child until runc has seen its end, and then the number may be another's.
+    let handle = ContainerHandle::open(&name, pid, || {
+        child.id().is_some_and(|runc| parent_of(pid) == Some(runc))
+    })
+    .map_err(prepare)?;
     stopwatch.step("runc");
     Ok(Running {
         name,
@@ -468,6 +471,16 @@ async fn first_process(child: &mut Child, pid_file: &PidFile, paths: &BundlePath
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+fn parent_of(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("PPid:"))?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// The last error in runc's log.

@@ -5,6 +5,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -103,6 +104,12 @@ impl RunningContainer {
                 ContainerExit::Lost
             }
         };
+        let exit = match exit {
+            ContainerExit::OutOfMemory if self.handle.was_killed() => ContainerExit::Signaled {
+                signal: Signal::SIGKILL as i32,
+            },
+            exit => exit,
+        };
         // Where runc stands for the container and was itself killed, the container must not outlive it.
         self.kill();
         self.exit = Some(exit.clone());
@@ -167,6 +174,8 @@ pub struct ContainerHandle {
 
 struct HandleInner {
     name: String,
+    /// Tells a kill by the platform from one for lack of memory.
+    was_killed: AtomicBool,
     /// `None` when the process had ended before it could be opened.
     pidfd: Option<AsyncFd<OwnedFd>>,
     /// Without a pid namespace, the group that a kill reaches; `None` when its leader has been reaped and its
@@ -185,6 +194,7 @@ impl ContainerHandle {
         Ok(Self {
             inner: Arc::new(HandleInner {
                 name: name.to_owned(),
+                was_killed: AtomicBool::new(false),
                 pidfd,
                 group: Mutex::new(None),
             }),
@@ -198,6 +208,7 @@ impl ContainerHandle {
         Ok(Self {
             inner: Arc::new(HandleInner {
                 name: name.to_owned(),
+                was_killed: AtomicBool::new(false),
                 pidfd,
                 group,
             }),
@@ -222,10 +233,15 @@ impl ContainerHandle {
 
     /// Kills every process at once. The first process of a pid namespace takes the others with it.
     pub fn kill(&self) {
+        self.inner.was_killed.store(true, Ordering::Release);
         self.kill_group();
         if let Err(error) = self.signal(Signal::SIGKILL) {
             tracing::error!(container = %self.inner.name, error = %error.source, "failed to kill a container");
         }
+    }
+
+    fn was_killed(&self) -> bool {
+        self.inner.was_killed.load(Ordering::Acquire)
     }
 
     /// Without a pid namespace, ends the group while its dead leader still keeps the number taken.

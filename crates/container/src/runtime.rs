@@ -48,7 +48,8 @@ pub struct Launch {
     /// characters from `a-z`, `A-Z`, `0-9`, `-`, `_`, `.`; the first a letter or a digit.
     pub name: String,
     pub rootfs: Rootfs,
-    /// The command; its first word is looked up in the `PATH` of `env`, inside the container.
+    /// The command; its first word is looked up in the `PATH` of `env`, inside the container. It runs as the
+    /// first process of its namespace: SIGTERM, which it may not handle, then does nothing, SIGKILL always does.
     pub argv: Vec<String>,
     /// The whole environment. `HOME` is added from the container's passwd if absent.
     pub env: Vec<(String, String)>,
@@ -186,7 +187,8 @@ pub enum Upper {
     /// Removed with the container.
     Scratch,
     /// Kept: the caller owns both directories (they exist, on one file system) and commits `upper_dir` as
-    /// a layer after the container has been disposed of.
+    /// a layer after the container has been disposed of. Mount points that the layers below do not have
+    /// (`/proc`, `/etc/resolv.conf`, the targets of binds) are in it as empty files and directories.
     Keep { upper_dir: PathBuf, work_dir: PathBuf },
 }
 
@@ -202,7 +204,7 @@ pub struct Bind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Limits {
     pub memory_bytes: Option<u64>,
-    /// Thousandths of one CPU; more are not given even if the machine is idle.
+    /// Thousandths of one CPU; more are not given even if the machine is idle, also not for the start itself.
     pub cpu_millis: Option<u32>,
     pub pids: Option<u32>,
 }

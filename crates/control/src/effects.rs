@@ -64,9 +64,18 @@ impl Effects {
         if desired_changed {
             self.desired.send_replace(scheduler.desired());
         }
-        if desired_changed || !commands.is_empty() {
-            self.snapshot.send_replace(Arc::new(scheduler.containers()));
+        let mut containers = scheduler.containers();
+        for container in &mut containers {
+            // Counts of running inputs change with every call; who waits for containers must not wake up for it.
+            container.running_inputs = 0;
         }
+        self.snapshot.send_if_modified(|current| {
+            let changed = **current != containers;
+            if changed {
+                *current = Arc::new(containers);
+            }
+            changed
+        });
         for command in commands {
             match command {
                 Command::OutputsReady { call_id, last_sequence } => self.outputs.announce(call_id, last_sequence),

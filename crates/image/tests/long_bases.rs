@@ -19,9 +19,10 @@ use ionian_image::{BuildLog, LayerStore, StepExit};
 use support::{ChrootRunner, RecordedLog, shell};
 
 /// Pins of the 2024.10 builder, as the client sends them in `/modal_requirements.txt`.
-const REQUIREMENTS_2024_10: &str = "aiohappyeyeballs==2.4.3\naiohttp==3.10.8\naiosignal==1.3.1\nattrs==24.2.0\n\
-    certifi==2024.8.30\nfrozenlist==1.4.1\ngrpclib==0.4.7\nh2==4.1.0\nhpack==4.0.0\nhyperframe==6.0.1\nidna==3.10\n\
-    multidict==6.1.0\nprotobuf==4.25.5\ntyping_extensions==4.12.2\nyarl==1.13.1\n";
+const REQUIREMENTS_2024_10: &str = "aiohappyeyeballs==2.4.3\naiohttp==3.10.8\naiosignal==1.3.1\n\
+    async-timeout==4.0.3 ; python_version < \"3.11\"\nattrs==24.2.0\ncertifi==2024.8.30\nfrozenlist==1.4.1\n\
+    grpclib==0.4.7\nh2==4.1.0\nhpack==4.0.0\nhyperframe==6.0.1\nidna==3.10\nmultidict==6.1.0\n\
+    protobuf>=3.20,<6\ntyping_extensions==4.12.2\nyarl==1.13.1\n";
 
 fn skipped() -> bool {
     let wanted = std::env::var("IONIAN_LONG_TESTS").is_ok_and(|value| value == "1");

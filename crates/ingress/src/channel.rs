@@ -63,9 +63,10 @@ pub(crate) async fn open(
     outgoing: &mut Outgoing,
     deadline: Instant,
 ) -> Result<Response<ResponseBody>, AttemptError> {
-    let websocket = match forward::is_websocket(exchanging.upgrade.as_ref()) {
-        true => outgoing.client_upgrade.take(),
-        false => None,
+    let websocket = if forward::is_websocket(exchanging.upgrade.as_ref()) {
+        outgoing.client_upgrade.take()
+    } else {
+        None
     };
     let request = outgoing.take(false);
     let handshake = match &websocket {
@@ -74,8 +75,10 @@ pub(crate) async fn open(
     };
     let scope = scope(exchanging, &request, websocket.is_some());
     let is_head = request.method() == Method::HEAD;
-    let opened =
-        exchanging.ingress.data_channels.open(lease.container().id, exchanging.route.method.clone(), scope);
+    let opened = exchanging
+        .ingress
+        .data_channels
+        .open(lease.container().id, exchanging.route.method.clone(), scope);
     let exchange = match opened {
         Ok(exchange) => exchange,
         Err(error) => {
@@ -97,11 +100,20 @@ pub(crate) async fn open(
         first_message(&relay.exchange, ToApp::WebsocketConnect)?;
         let limit = exchanging.ingress.config.limits.max_websocket_message_bytes;
         let shutdown = exchanging.ingress.shutdown.clone();
-        exchanging.ingress.tunnels.spawn(channel_socket::run(relay, sender, client, handshake, limit, shutdown));
+        exchanging
+            .ingress
+            .tunnels
+            .spawn(channel_socket::run(relay, sender, client, handshake, limit, shutdown));
     } else {
         let upload = match request.into_body() {
             RequestBody::Empty => {
-                first_message(&relay.exchange, ToApp::Body { bytes: Bytes::new(), more: false })?;
+                first_message(
+                    &relay.exchange,
+                    ToApp::Body {
+                        bytes: Bytes::new(),
+                        more: false,
+                    },
+                )?;
                 None
             }
             RequestBody::Client { body, .. } => {
@@ -125,7 +137,10 @@ pub(crate) async fn open(
 
 /// The buffer of a new exchange has room for its first message.
 fn first_message(exchange: &WebExchange, message: ToApp) -> Result<(), Failure> {
-    exchange.to_app.try_send(message).map_err(|_closed| Failure::ContainerGone)
+    exchange
+        .to_app
+        .try_send(message)
+        .map_err(|_closed| Failure::ContainerGone)
 }
 
 fn scope(exchanging: &Exchanging<'_>, request: &Request<RequestBody>, websocket: bool) -> WebScope {
@@ -149,12 +164,19 @@ fn scope(exchanging: &Exchanging<'_>, request: &Request<RequestBody>, websocket:
         http_version: exchanging.http_version.to_owned(),
         method: request.method().as_str().to_owned(),
         scheme: scheme.to_owned(),
-        path: percent_encoding::percent_decode_str(request.uri().path()).decode_utf8_lossy().into_owned(),
+        path: percent_encoding::percent_decode_str(request.uri().path())
+            .decode_utf8_lossy()
+            .into_owned(),
         query_string: Bytes::copy_from_slice(request.uri().query().unwrap_or("").as_bytes()),
         headers: request
             .headers()
             .iter()
-            .map(|(name, value)| (Bytes::copy_from_slice(name.as_ref()), Bytes::copy_from_slice(value.as_bytes())))
+            .map(|(name, value)| {
+                (
+                    Bytes::copy_from_slice(name.as_ref()),
+                    Bytes::copy_from_slice(value.as_bytes()),
+                )
+            })
             .collect(),
         client: Some((exchanging.facts.ip.to_string(), exchanging.facts.port)),
         subprotocols,
@@ -165,7 +187,14 @@ fn scope(exchanging: &Exchanging<'_>, request: &Request<RequestBody>, websocket:
 async fn upload(mut body: Incoming, to_app: mpsc::Sender<ToApp>) {
     let mut next = tokio::time::timeout(FIRST_CHUNK_WITHIN, body.frame()).await;
     if next.is_err() {
-        if to_app.send(ToApp::Body { bytes: Bytes::new(), more: true }).await.is_err() {
+        if to_app
+            .send(ToApp::Body {
+                bytes: Bytes::new(),
+                more: true,
+            })
+            .await
+            .is_err()
+        {
             return;
         }
         next = Ok(body.frame().await);
@@ -173,7 +202,10 @@ async fn upload(mut body: Incoming, to_app: mpsc::Sender<ToApp>) {
     let mut frame = next.ok().flatten();
     loop {
         let message = match frame {
-            None => ToApp::Body { bytes: Bytes::new(), more: false },
+            None => ToApp::Body {
+                bytes: Bytes::new(),
+                more: false,
+            },
             // The client left in the middle of its upload.
             Some(Err(_broken)) => ToApp::Disconnect,
             Some(Ok(part)) => {
@@ -184,7 +216,14 @@ async fn upload(mut body: Incoming, to_app: mpsc::Sender<ToApp>) {
                 };
                 while bytes.len() > CHUNK {
                     let chunk = bytes.split_to(CHUNK);
-                    if to_app.send(ToApp::Body { bytes: chunk, more: true }).await.is_err() {
+                    if to_app
+                        .send(ToApp::Body {
+                            bytes: chunk,
+                            more: true,
+                        })
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                 }
@@ -214,7 +253,11 @@ impl Relay {
             }
         };
         match first {
-            Some(FromApp::ResponseStart { status, headers, trailers }) => {
+            Some(FromApp::ResponseStart {
+                status,
+                headers,
+                trailers,
+            }) => {
                 self.respond(answer, status, &headers, trailers, is_head).await;
             }
             Some(FromApp::Finished(outcome)) => {
@@ -303,7 +346,10 @@ impl Relay {
                     (Frame::trailers(std::mem::take(&mut all_trailers)), true)
                 }
                 Some(FromApp::Finished(outcome)) => {
-                    tracing::debug!(reason = outcome.exception, "an app's call ended before its response did");
+                    tracing::debug!(
+                        reason = outcome.exception,
+                        "an app's call ended before its response did"
+                    );
                     return End::Cut(Cut::Broken);
                 }
                 // No meaning in a response; the runtime checks what apps send.
@@ -359,9 +405,7 @@ impl Relay {
                 Failure::ContainerGone
             }
             OutcomeStatus::Success => Failure::AppFailed("the app returned without a response".into()),
-            OutcomeStatus::Failure | OutcomeStatus::InitFailure => {
-                Failure::AppFailed(outcome.exception.clone().into())
-            }
+            OutcomeStatus::Failure | OutcomeStatus::InitFailure => Failure::AppFailed(outcome.exception.clone().into()),
         }
     }
 }

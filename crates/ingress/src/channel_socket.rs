@@ -9,8 +9,8 @@ use bytes::Bytes;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
 use http::header::{
-    CONNECTION, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY,
-    SEC_WEBSOCKET_PROTOCOL, SEC_WEBSOCKET_VERSION, UPGRADE,
+    CONNECTION, HeaderValue, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_EXTENSIONS, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
 };
 use http::{HeaderMap, Response, StatusCode};
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -44,7 +44,10 @@ pub(crate) struct Handshake {
 
 impl Handshake {
     pub(crate) fn of(headers: &HeaderMap) -> Result<Self, Failure> {
-        if headers.get(SEC_WEBSOCKET_VERSION).is_none_or(|version| version.as_bytes() != b"13") {
+        if headers
+            .get(SEC_WEBSOCKET_VERSION)
+            .is_none_or(|version| version.as_bytes() != b"13")
+        {
             return Err(Failure::BadRequest("a websocket needs 'Sec-WebSocket-Version: 13'"));
         }
         let Some(key) = headers.get(SEC_WEBSOCKET_KEY) else {
@@ -90,9 +93,7 @@ pub(crate) async fn run(
         }
     };
     let accepted = match first {
-        Some(FromApp::WebsocketAccept { subprotocol, headers }) => {
-            handshake.response(subprotocol.as_deref(), &headers)
-        }
+        Some(FromApp::WebsocketAccept { subprotocol, headers }) => handshake.response(subprotocol.as_deref(), &headers),
         // A close before the accept is a refusal, which ASGI makes a 403.
         Some(FromApp::WebsocketClose { .. }) => {
             let mut response = Response::new(ResponseBody::empty());
@@ -100,7 +101,11 @@ pub(crate) async fn run(
             let _left = answer.send(Ok(Answer::Http(response)));
             return relay.until_returned().await;
         }
-        Some(FromApp::ResponseStart { status, headers, trailers }) => {
+        Some(FromApp::ResponseStart {
+            status,
+            headers,
+            trailers,
+        }) => {
             return relay.respond(answer, status, &headers, trailers, false).await;
         }
         Some(FromApp::Finished(outcome)) => {
@@ -159,15 +164,31 @@ async fn carry(mut relay: Relay, socket: Socket, shutdown: &CancellationToken) {
         }
         Ended::Returned { is_success } => {
             let frame = if is_success {
-                CloseFrame { code: CloseCode::Normal, reason: "".into() }
+                CloseFrame {
+                    code: CloseCode::Normal,
+                    reason: "".into(),
+                }
             } else {
-                CloseFrame { code: CloseCode::Error, reason: "the app failed".into() }
+                CloseFrame {
+                    code: CloseCode::Error,
+                    reason: "the app failed".into(),
+                }
             };
             close(&mut sink, &mut stream, frame).await;
         }
         Ended::ByPlatform(reason) => {
-            close(&mut sink, &mut stream, CloseFrame { code: CloseCode::Away, reason: reason.into() }).await;
-            let _full = to_app.try_send(ToApp::WebsocketDisconnect { code: CloseCode::Away.into() });
+            close(
+                &mut sink,
+                &mut stream,
+                CloseFrame {
+                    code: CloseCode::Away,
+                    reason: reason.into(),
+                },
+            )
+            .await;
+            let _full = to_app.try_send(ToApp::WebsocketDisconnect {
+                code: CloseCode::Away.into(),
+            });
         }
     }
 }
@@ -206,9 +227,16 @@ async fn write(sink: &mut SplitSink<Socket, Message>, from_app: &mut mpsc::Recei
             FromApp::WebsocketText(text) => Message::text(text),
             FromApp::WebsocketBinary(bytes) => Message::Binary(bytes),
             FromApp::WebsocketClose { code, reason } => {
-                return Ended::ByApp(CloseFrame { code: code.into(), reason: reason.into() });
+                return Ended::ByApp(CloseFrame {
+                    code: code.into(),
+                    reason: reason.into(),
+                });
             }
-            FromApp::Finished(outcome) => return Ended::Returned { is_success: outcome.is_success() },
+            FromApp::Finished(outcome) => {
+                return Ended::Returned {
+                    is_success: outcome.is_success(),
+                };
+            }
             // No meaning on an accepted websocket; the runtime checks what apps send.
             FromApp::WebsocketAccept { .. }
             | FromApp::ResponseStart { .. }

@@ -64,7 +64,7 @@ impl Default for Limits {
             max_connections: 20_000,
             // Slow enough for a bad mobile link and an idle browser tab, short enough that connections
             // which never ask for anything do not pile up.
-            header_read_timeout: Duration::from_secs(60),
+            header_read_timeout: Duration::from_mins(1),
             // Four times what common servers take: cookies and tokens of real apps fit.
             max_header_bytes: 64 * 1024,
             // At some KiB per waiting request this is tens of MiB; a longer queue would time out anyway.

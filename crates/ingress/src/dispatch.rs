@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{HeaderMap, Request, Response};
+use http::{HeaderMap, Method, Request, Response};
 use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -69,6 +69,10 @@ pub(crate) async fn answer(
     if is_grpc(request.headers()) {
         return ask_platform(platform, connection, request).await;
     }
+    if request.method() == Method::CONNECT {
+        // Neither a forward proxy nor (yet) websockets over HTTP/2.
+        return refuse(&request, &Failure::BadRequest("CONNECT is not served here"));
+    }
     if let Mode::Public { ingress } = mode
         && let Some(host) = forward::host(&request)
         && let HostKind::Web { label } = host::classify(host, &ingress.inner.config.base_domains)
@@ -90,10 +94,17 @@ pub(crate) async fn answer(
     }
     if path == "/" {
         let mut response = Response::new(ResponseBody::whole(Bytes::from_static(FRONT_PAGE.as_bytes())));
-        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        response
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
         return response;
     }
-    refuse(&request, &Failure::NotFound { path: respond::echo(path) })
+    refuse(
+        &request,
+        &Failure::NotFound {
+            path: respond::echo(path),
+        },
+    )
 }
 
 fn refuse<B>(request: &Request<B>, failure: &Failure) -> Response<ResponseBody> {
@@ -101,7 +112,9 @@ fn refuse<B>(request: &Request<B>, failure: &Failure) -> Response<ResponseBody> 
 }
 
 fn is_grpc(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+    headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
 async fn ask_platform(

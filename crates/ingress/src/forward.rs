@@ -135,7 +135,11 @@ pub(crate) fn prepare_request(
         if let Some(host) = host {
             headers.insert(X_FORWARDED_HOST, host);
         }
-        ClientFacts { ip: connection.peer.ip(), port: connection.peer.port(), is_https: false }
+        ClientFacts {
+            ip: connection.peer.ip(),
+            port: connection.peer.port(),
+            is_https: false,
+        }
     };
     let scheme = HeaderValue::from_static(if facts.is_https { "https" } else { "http" });
     headers.insert(X_FORWARDED_PROTO, scheme.clone());
@@ -154,14 +158,18 @@ pub(crate) fn prepare_response(head: &mut response::Parts) {
 
 /// A request that may be sent twice (RFC 9110, 9.2.2), where it has no body.
 pub(crate) fn is_idempotent(method: &Method) -> bool {
-    matches!(*method, Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS)
+    matches!(
+        *method,
+        Method::GET | Method::HEAD | Method::PUT | Method::DELETE | Method::OPTIONS
+    )
 }
 
 fn origin_form(uri: &Uri) -> Uri {
     if uri.authority().is_none() {
         return uri.clone();
     }
-    uri.path_and_query().map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()))
+    uri.path_and_query()
+        .map_or_else(|| Uri::from_static("/"), |path| Uri::from(path.clone()))
 }
 
 /// Whether a comma-separated header names `token`.
@@ -184,8 +192,15 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
             }
         }
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE]
-    {
+    for name in [
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ] {
         headers.remove(name);
     }
 }
@@ -200,18 +215,19 @@ fn join_cookies(headers: &mut HeaderMap) {
     if headers.get_all(COOKIE).iter().nth(1).is_none() {
         return;
     }
-    let joined = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect::<Vec<_>>().join(&b"; "[..]);
+    let joined = headers
+        .get_all(COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect::<Vec<_>>()
+        .join(&b"; "[..]);
     if let Ok(joined) = HeaderValue::from_bytes(&joined) {
         headers.insert(COOKIE, joined);
     }
 }
 
 /// Reads what a trusted proxy says about its client, and adds the proxy itself to the chain.
-fn from_trusted_proxy(
-    headers: &mut HeaderMap,
-    connection: &ConnectionInfo,
-    trusted_proxies: &[IpNet],
-) -> ClientFacts {
+fn from_trusted_proxy(headers: &mut HeaderMap, connection: &ConnectionInfo, trusted_proxies: &[IpNet]) -> ClientFacts {
     let chain = headers
         .get_all(X_FORWARDED_FOR)
         .iter()
@@ -224,15 +240,25 @@ fn from_trusted_proxy(
         .rsplit(',')
         .filter_map(|item| item.trim().parse::<IpAddr>().ok())
         .find(|ip| !trusted_proxies.iter().any(|net| net.contains(ip)));
-    let is_https = headers.get(X_FORWARDED_PROTO).is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
+    let is_https = headers
+        .get(X_FORWARDED_PROTO)
+        .is_some_and(|proto| proto.as_bytes().eq_ignore_ascii_case(b"https"));
     let peer_ip = connection.peer.ip();
-    let longer = if chain.is_empty() { peer_ip.to_string() } else { format!("{chain}, {peer_ip}") };
+    let longer = if chain.is_empty() {
+        peer_ip.to_string()
+    } else {
+        format!("{chain}, {peer_ip}")
+    };
     if let Ok(value) = HeaderValue::try_from(longer) {
         headers.insert(X_FORWARDED_FOR, value);
     }
     let facts = match client {
         Some(ip) => ClientFacts { ip, port: 0, is_https },
-        None => ClientFacts { ip: peer_ip, port: connection.peer.port(), is_https },
+        None => ClientFacts {
+            ip: peer_ip,
+            port: connection.peer.port(),
+            is_https,
+        },
     };
     let address = HeaderValue::try_from(SocketAddr::new(facts.ip, facts.port).to_string());
     headers.insert(X_IONIAN_CLIENT, address.expect("an address is a header value"));
@@ -253,8 +279,11 @@ mod tests {
     }
 
     fn prepared(mut head: request::Parts, trusted: &[IpNet]) -> (request::Parts, ClientFacts) {
-        let connection =
-            ConnectionInfo::new("10.0.0.9:4000".parse().unwrap(), "10.0.0.1:8800".parse().unwrap(), trusted);
+        let connection = ConnectionInfo::new(
+            "10.0.0.9:4000".parse().unwrap(),
+            "10.0.0.1:8800".parse().unwrap(),
+            trusted,
+        );
         let facts = prepare_request(&mut head, &connection, trusted, &RequestId::generate());
         (head, facts)
     }
@@ -294,7 +323,10 @@ mod tests {
         let (head, facts) = prepared(head, &["10.0.0.0/24".parse().unwrap()]);
         assert_eq!(facts.ip, "1.2.3.4".parse::<IpAddr>().unwrap());
         assert!(facts.is_https);
-        assert_eq!(text(&head, "x-forwarded-for"), Some("6.6.6.6, 1.2.3.4, 10.0.0.7, 10.0.0.9"));
+        assert_eq!(
+            text(&head, "x-forwarded-for"),
+            Some("6.6.6.6, 1.2.3.4, 10.0.0.7, 10.0.0.9")
+        );
         assert_eq!(text(&head, "x-ionian-client"), Some("1.2.3.4:0"));
     }
 
@@ -312,9 +344,15 @@ mod tests {
                 .header("accept", "*/*")
         });
         let (head, _) = prepared(head, &[]);
-        for gone in
-            ["connection", "x-private", "keep-alive", "transfer-encoding", "content-length", "expect", "upgrade"]
-        {
+        for gone in [
+            "connection",
+            "x-private",
+            "keep-alive",
+            "transfer-encoding",
+            "content-length",
+            "expect",
+            "upgrade",
+        ] {
             assert_eq!(text(&head, gone), None, "{gone}");
         }
         assert_eq!(text(&head, "te"), Some("trailers"));
@@ -343,7 +381,11 @@ mod tests {
 
     #[test]
     fn two_hosts_are_none() {
-        let request = Request::builder().header("host", "a").header("host", "b").body(()).unwrap();
+        let request = Request::builder()
+            .header("host", "a")
+            .header("host", "b")
+            .body(())
+            .unwrap();
         assert_eq!(host(&request), None);
     }
 }

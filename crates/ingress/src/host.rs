@@ -16,7 +16,9 @@ pub(crate) enum HostKind<'a> {
 pub(crate) fn classify<'a>(host: &'a str, base_domains: &[String]) -> HostKind<'a> {
     let name = without_port(host);
     let name = name.strip_suffix('.').unwrap_or(name);
-    let Some((label, domain)) = name.split_once('.') else { return HostKind::Bare };
+    let Some((label, domain)) = name.split_once('.') else {
+        return HostKind::Bare;
+    };
     if label.contains("--") && base_domains.iter().any(|base| base.eq_ignore_ascii_case(domain)) {
         HostKind::Web { label: lower(label) }
     } else {
@@ -55,8 +57,14 @@ mod tests {
     #[test]
     fn endpoints_are_found_under_every_base_domain() {
         assert_eq!(kind("main--hello-web.localhost").as_deref(), Some("main--hello-web"));
-        assert_eq!(kind("main--hello-web.localhost:8800").as_deref(), Some("main--hello-web"));
-        assert_eq!(kind("Main--Hello-Web.LOCALHOST:8800").as_deref(), Some("main--hello-web"));
+        assert_eq!(
+            kind("main--hello-web.localhost:8800").as_deref(),
+            Some("main--hello-web")
+        );
+        assert_eq!(
+            kind("Main--Hello-Web.LOCALHOST:8800").as_deref(),
+            Some("main--hello-web")
+        );
         assert_eq!(kind("main--hello.apps.example.com").as_deref(), Some("main--hello"));
         assert_eq!(kind("main--hello.localhost.").as_deref(), Some("main--hello"));
     }

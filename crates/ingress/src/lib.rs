@@ -67,13 +67,26 @@ impl Ingress {
     /// Starts to follow control. Cancel `shutdown` after [`serve`] has returned: requests in flight need
     /// pool events until their end. It closes websockets.
     pub fn start(link: WebLink, config: IngressConfig, proxy_auth: ProxyAuth, shutdown: CancellationToken) -> Self {
-        let WebLink { routes, pool, demand, data_channels } = link;
+        let WebLink {
+            routes,
+            pool,
+            demand,
+            data_channels,
+        } = link;
         let board = Arc::new(demand::DemandBoard::default());
         let pools = Arc::new(pool::Pools::new(Arc::clone(&board)));
         // Kind of both: essential. They end with control or at shutdown.
         tokio::spawn(pool::run(Arc::clone(&pools), pool, routes.clone(), shutdown.clone()));
         tokio::spawn(demand::run(board, demand, shutdown.clone()));
-        let inner = Inner { config, proxy_auth, routes, pools, data_channels, tunnels: TaskTracker::new(), shutdown };
+        let inner = Inner {
+            config,
+            proxy_auth,
+            routes,
+            pools,
+            data_channels,
+            tunnels: TaskTracker::new(),
+            shutdown,
+        };
         Self { inner: Arc::new(inner) }
     }
 
@@ -86,6 +99,8 @@ impl Ingress {
 
 impl std::fmt::Debug for Ingress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Ingress").field("config", &self.inner.config).finish_non_exhaustive()
+        f.debug_struct("Ingress")
+            .field("config", &self.inner.config)
+            .finish_non_exhaustive()
     }
 }

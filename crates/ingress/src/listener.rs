@@ -44,7 +44,7 @@ const PING_EVERY: Duration = Duration::from_secs(30);
 const PONG_WITHIN: Duration = Duration::from_secs(20);
 
 /// TCP's own probes, for HTTP/1.1 connections and websockets.
-const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+const KEEPALIVE_AFTER: Duration = Duration::from_mins(1);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
 
 /// Read buffer of an HTTP/1.1 connection: uploads stream through it. Hyper wants heads to fit as well.
@@ -56,7 +56,9 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
 /// Serves platform and web endpoints until `shutdown`, then lets requests in flight finish.
 pub async fn serve(listeners: Vec<TcpListener>, services: Services, shutdown: CancellationToken) {
     let config = services.ingress.inner.config.clone();
-    let mode = Mode::Public { ingress: services.ingress };
+    let mode = Mode::Public {
+        ingress: services.ingress,
+    };
     run(listeners, mode, services.platform, &config, shutdown).await;
 }
 
@@ -110,8 +112,14 @@ async fn run(
     }
     // The listeners are closed: new connections are refused while the old ones finish.
     connections.close();
-    if tokio::time::timeout(config.limits.shutdown_grace, connections.wait()).await.is_err() {
-        tracing::warn!(connections = connections.len(), "cut connections that did not finish in time");
+    if tokio::time::timeout(config.limits.shutdown_grace, connections.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            connections = connections.len(),
+            "cut connections that did not finish in time"
+        );
         shared.cut.cancel();
         connections.wait().await;
     }
@@ -148,7 +156,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>, permits: Arc<Semapho
     let mut was_failing = false;
     loop {
         // Beyond the limit, connections wait in the kernel's queue until one ends.
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+            return;
+        };
         match listener.accept().await {
             Ok((stream, peer)) => {
                 was_failing = false;
@@ -230,6 +240,8 @@ where
 
 fn prepare_socket(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let keepalive = socket2::TcpKeepalive::new().with_time(KEEPALIVE_AFTER).with_interval(KEEPALIVE_EVERY);
+    let keepalive = socket2::TcpKeepalive::new()
+        .with_time(KEEPALIVE_AFTER)
+        .with_interval(KEEPALIVE_EVERY);
     socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }

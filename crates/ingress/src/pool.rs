@@ -23,7 +23,10 @@ pub(crate) struct Pools {
 
 impl Pools {
     pub(crate) fn new(board: Arc<DemandBoard>) -> Self {
-        Self { by_function: RwLock::default(), board }
+        Self {
+            by_function: RwLock::default(),
+            board,
+        }
     }
 
     pub(crate) fn ensure(&self, function_id: FunctionId) -> Arc<FunctionPool> {
@@ -43,21 +46,36 @@ impl Pools {
 
     pub(crate) fn apply(&self, event: &PoolEvent) {
         match event {
-            PoolEvent::Ready { function_id, container_id, slots, targets } => {
+            PoolEvent::Ready {
+                function_id,
+                container_id,
+                slots,
+                targets,
+            } => {
                 self.ensure(*function_id).ready(*container_id, *slots, targets);
             }
             // Events about containers that were never ready, or of pools that nobody asked: nothing to do.
-            PoolEvent::Draining { function_id, container_id } => {
+            PoolEvent::Draining {
+                function_id,
+                container_id,
+            } => {
                 if let Some(pool) = self.find(*function_id) {
                     pool.draining(*container_id);
                 }
             }
-            PoolEvent::Gone { function_id, container_id } => {
+            PoolEvent::Gone {
+                function_id,
+                container_id,
+            } => {
                 if let Some(pool) = self.find(*function_id) {
                     pool.gone(*container_id);
                 }
             }
-            PoolEvent::StartFailed { function_id, container_id: _, message } => {
+            PoolEvent::StartFailed {
+                function_id,
+                container_id: _,
+                message,
+            } => {
                 if let Some(pool) = self.find(*function_id) {
                     pool.start_failed(message);
                 }
@@ -68,7 +86,9 @@ impl Pools {
     /// Forgets pools that have no route, no container and nobody waiting.
     fn forget_unrouted(&self, routes: &RouteTable) {
         let routed: HashSet<FunctionId> = routes.by_host_label.values().map(|route| route.function_id).collect();
-        self.by_function.write().retain(|function_id, pool| routed.contains(function_id) || !pool.retire());
+        self.by_function
+            .write()
+            .retain(|function_id, pool| routed.contains(function_id) || !pool.retire());
     }
 }
 

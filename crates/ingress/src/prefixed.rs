@@ -48,7 +48,13 @@ pub(crate) async fn sniff(mut stream: TcpStream) -> Option<(Protocol, Prefixed)>
         } else {
             continue; // The beginning of the preface: the rest decides.
         };
-        return Some((protocol, Prefixed { first: first.freeze(), stream }));
+        return Some((
+            protocol,
+            Prefixed {
+                first: first.freeze(),
+                stream,
+            },
+        ));
     }
 }
 

@@ -24,7 +24,7 @@ use crate::forward::{self, ClientFacts, ConnectionInfo, MODAL_KEY, MODAL_SECRET}
 use crate::respond::{self, Failure, RequestId, X_REQUEST_ID};
 use crate::slots::{AcquireError, SlotLease, Target, WaitLimits};
 use crate::stream::{Live, StreamBody};
-use crate::upstream::{Connection, DirectTarget, Exchange, SendError};
+use crate::upstream::{ConnectError, Connection, DirectTarget, Exchange, SendError};
 use crate::{channel, tunnel};
 
 /// A body of a declared length up to this is awaited and sent in one piece with its head: many servers
@@ -99,15 +99,33 @@ async fn forward_request(
     let upgrade = forward::upgrade_of(&request);
     let client_upgrade = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
     let (mut head, body) = request.into_parts();
-    let http_version = if head.version == http::Version::HTTP_2 { "2" } else { "1.1" };
+    let http_version = if head.version == http::Version::HTTP_2 {
+        "2"
+    } else {
+        "1.1"
+    };
     let facts = forward::prepare_request(&mut head, connection, &ingress.config.trusted_proxies, request_id);
     let upload_ended = (!body.is_end_stream()).then(|| Arc::new(AtomicBool::new(false)));
     let body = match &upload_ended {
         None => RequestBody::Empty,
-        Some(ended) => RequestBody::Client { body, ended: Arc::clone(ended) },
+        Some(ended) => RequestBody::Client {
+            body,
+            ended: Arc::clone(ended),
+        },
     };
-    let mut outgoing = Outgoing { request: Some(Request::from_parts(head, body)), client_upgrade, upload_ended };
-    let exchanging = Exchanging { ingress, route, request_id, facts, http_version, upgrade };
+    let mut outgoing = Outgoing {
+        request: Some(Request::from_parts(head, body)),
+        client_upgrade,
+        upload_ended,
+    };
+    let exchanging = Exchanging {
+        ingress,
+        route,
+        request_id,
+        facts,
+        http_version,
+        upgrade,
+    };
 
     let lease = acquire(ingress, route, None).await?;
     let first = lease.container().id;
@@ -118,9 +136,11 @@ async fn forward_request(
             let reason = respond::chain(&failure);
             tracing::debug!(container = %first, reason, "trying a request on another container");
             let lease = acquire(ingress, route, Some(first)).await?;
-            attempt(&exchanging, lease, &mut outgoing).await.map_err(|error| match error {
-                AttemptError::NotReached(failure) | AttemptError::Final(failure) => failure,
-            })
+            attempt(&exchanging, lease, &mut outgoing)
+                .await
+                .map_err(|error| match error {
+                    AttemptError::NotReached(failure) | AttemptError::Final(failure) => failure,
+                })
         }
     }
 }
@@ -192,15 +212,13 @@ async fn direct(
     let container = Arc::clone(lease.container());
     let gone = &container.gone;
 
-    let connected = bounded(deadline, timeout, gone, target.checkout(limits)).await?;
-    let mut connection = connected.map_err(not_reached)?;
+    let mut connection = connecting(deadline, timeout, gone, target.checkout(limits)).await?;
     let sent_at = Instant::now();
     let request = outgoing.take(connection.is_reused);
     let mut sent = bounded(deadline, timeout, gone, connection.send(request)).await?;
     // A kept connection that the app closed at this moment says nothing about the app: try a new one.
     if connection.is_reused && outgoing.recover(&mut sent, sent_at) {
-        let connected = bounded(deadline, timeout, gone, target.connect(limits)).await?;
-        connection = connected.map_err(not_reached)?;
+        connection = connecting(deadline, timeout, gone, target.connect(limits)).await?;
         sent = bounded(deadline, timeout, gone, connection.send(outgoing.take(false))).await?;
     }
     let response = match sent {
@@ -233,7 +251,11 @@ async fn receive(
         Exchange::apart(body, task)
     };
     let container = Arc::clone(lease.container());
-    let mut live = Live { exchange, lease, route: Arc::clone(exchanging.route) };
+    let mut live = Live {
+        exchange,
+        lease,
+        route: Arc::clone(exchanging.route),
+    };
     if live.exchange.is_complete() {
         live.finish();
         return Ok(Response::from_parts(head, ResponseBody::empty()));
@@ -302,6 +324,20 @@ pub(crate) fn not_reached(error: impl Into<BoxError>) -> AttemptError {
     AttemptError::NotReached(Failure::AppUnreachable(error.into()))
 }
 
+/// Awaits a connection, before which nothing of the request has reached the app.
+pub(crate) async fn connecting(
+    deadline: Instant,
+    timeout: Duration,
+    gone: &CancellationToken,
+    step: impl Future<Output = Result<Box<Connection>, ConnectError>>,
+) -> Result<Box<Connection>, AttemptError> {
+    match bounded(deadline, timeout, gone, step).await {
+        Ok(connected) => connected.map_err(not_reached),
+        Err(failure @ Failure::ContainerGone) => Err(AttemptError::NotReached(failure)),
+        Err(failure) => Err(AttemptError::Final(failure)),
+    }
+}
+
 /// Awaits a step of a request while its time lasts and its container lives.
 pub(crate) async fn bounded<T>(
     deadline: Instant,
@@ -321,7 +357,10 @@ impl Outgoing {
     /// The request, to be written. A copy stays where it may be wanted again: its connection was kept
     /// and may be stale, and the request may be sent twice.
     pub(crate) fn take(&mut self, may_be_stale: bool) -> Request<RequestBody> {
-        let request = self.request.take().expect("a request is taken once, or after it was put back");
+        let request = self
+            .request
+            .take()
+            .expect("a request is taken once, or after it was put back");
         if may_be_stale && self.upload_ended.is_none() && forward::is_idempotent(request.method()) {
             let mut copy = Request::new(RequestBody::Empty);
             *copy.method_mut() = request.method().clone();
@@ -354,6 +393,8 @@ impl Outgoing {
     }
 
     fn is_upload_done(&self) -> bool {
-        self.upload_ended.as_ref().is_none_or(|ended| ended.load(Ordering::Acquire))
+        self.upload_ended
+            .as_ref()
+            .is_none_or(|ended| ended.load(Ordering::Acquire))
     }
 }

@@ -43,21 +43,27 @@ pub(crate) enum Target {
 
 impl PoolContainer {
     pub(crate) fn target(&self, method: Option<&str>) -> Option<&Target> {
-        self.targets.iter().find(|(name, _)| name.as_deref() == method).map(|(_, target)| target)
+        self.targets
+            .iter()
+            .find(|(name, _)| name.as_deref() == method)
+            .map(|(_, target)| target)
     }
 
     fn matches(&self, targets: &[(Option<String>, WebTarget)]) -> bool {
         self.targets.len() == targets.len()
-            && self.targets.iter().zip(targets).all(|((name, target), (other_name, other))| {
-                name == other_name
-                    && match (target, other) {
-                        (Target::Direct(direct), WebTarget::Direct(address)) => direct.address == *address,
-                        (Target::DataChannel, WebTarget::DataChannel) => true,
-                        (Target::Direct(_), WebTarget::DataChannel) | (Target::DataChannel, WebTarget::Direct(_)) => {
-                            false
+            && self
+                .targets
+                .iter()
+                .zip(targets)
+                .all(|((name, target), (other_name, other))| {
+                    name == other_name
+                        && match (target, other) {
+                            (Target::Direct(direct), WebTarget::Direct(address)) => direct.address == *address,
+                            (Target::DataChannel, WebTarget::DataChannel) => true,
+                            (Target::Direct(_), WebTarget::DataChannel)
+                            | (Target::DataChannel, WebTarget::Direct(_)) => false,
                         }
-                    }
-            })
+                })
     }
 }
 
@@ -107,8 +113,14 @@ struct State {
     waiters: BTreeMap<u64, oneshot::Sender<Granted>>,
     next_ticket: u64,
     is_retired: bool,
+    telling: Telling,
+}
+
+/// What control still has to be told, and what is planned for that.
+#[derive(Debug, Default)]
+struct Telling {
     /// Something changed since the last report.
-    is_dirty: bool,
+    is_due: bool,
     routine_planned: bool,
     urgent_planned: bool,
     last_urgent: Option<Instant>,
@@ -123,7 +135,11 @@ pub(crate) struct FunctionPool {
 
 impl FunctionPool {
     pub(crate) fn new(function_id: FunctionId, board: Arc<DemandBoard>) -> Self {
-        Self { function_id, board, state: Mutex::default() }
+        Self {
+            function_id,
+            board,
+            state: Mutex::default(),
+        }
     }
 
     /// Takes a slot, waiting for one in order of arrival. `avoid` names a container that just failed
@@ -154,7 +170,13 @@ impl FunctionPool {
             state.next_ticket += 1;
             state.waiters.insert(ticket, sender);
             self.note(&mut state, Urgency::Urgent);
-            (receiver, WaiterGuard { pool: Arc::clone(self), ticket })
+            (
+                receiver,
+                WaiterGuard {
+                    pool: Arc::clone(self),
+                    ticket,
+                },
+            )
         };
         let start_by = arrived + limits.startup_timeout;
         let result = match tokio::time::timeout_at(start_by, &mut granted).await {
@@ -204,16 +226,24 @@ impl FunctionPool {
 
     pub(crate) fn draining(self: &Arc<Self>, id: ContainerId) {
         let mut state = self.state.lock();
-        let Some(entry) = state.entries.iter_mut().find(|entry| entry.container.id == id) else { return };
+        let Some(entry) = state.entries.iter_mut().find(|entry| entry.container.id == id) else {
+            return;
+        };
         entry.accepts_requests = false;
-        let urgency = if entry.in_flight == 0 { Urgency::Urgent } else { Urgency::Routine };
+        let urgency = if entry.in_flight == 0 {
+            Urgency::Urgent
+        } else {
+            Urgency::Routine
+        };
         self.note(&mut state, urgency);
     }
 
     pub(crate) fn gone(self: &Arc<Self>, id: ContainerId) {
         let removed = {
             let mut state = self.state.lock();
-            let Some(index) = state.entries.iter().position(|entry| entry.container.id == id) else { return };
+            let Some(index) = state.entries.iter().position(|entry| entry.container.id == id) else {
+                return;
+            };
             let removed = state.entries.remove(index);
             self.note(&mut state, Urgency::Routine);
             removed
@@ -252,12 +282,12 @@ impl FunctionPool {
         let mut state = self.state.lock();
         match urgency {
             Urgency::Urgent => {
-                state.urgent_planned = false;
-                state.last_urgent = Some(now);
+                state.telling.urgent_planned = false;
+                state.telling.last_urgent = Some(now);
             }
-            Urgency::Routine => state.routine_planned = false,
+            Urgency::Routine => state.telling.routine_planned = false,
         }
-        if !std::mem::take(&mut state.is_dirty) {
+        if !std::mem::take(&mut state.telling.is_due) {
             return None;
         }
         Some(DemandReport {
@@ -283,15 +313,26 @@ impl FunctionPool {
         let entry = &mut state.entries[index];
         entry.in_flight += 1;
         entry.last_active = Timestamp::now();
-        assert!(entry.in_flight <= entry.slots, "a container was given more requests than it has slots");
-        SlotLease { pool: Arc::clone(self), container: Arc::clone(&entry.container), is_held: true }
+        assert!(
+            entry.in_flight <= entry.slots,
+            "a container was given more requests than it has slots"
+        );
+        SlotLease {
+            pool: Arc::clone(self),
+            container: Arc::clone(&entry.container),
+            is_held: true,
+        }
     }
 
     /// Hands free slots to waiters, first come first served.
     fn serve_waiters(self: &Arc<Self>, state: &mut State) {
         while !state.waiters.is_empty() {
-            let Some(index) = pick(&state.entries, None) else { return };
-            let Some((_ticket, waiter)) = state.waiters.pop_first() else { return };
+            let Some(index) = pick(&state.entries, None) else {
+                return;
+            };
+            let Some((_ticket, waiter)) = state.waiters.pop_first() else {
+                return;
+            };
             let lease = self.grant(state, index);
             if let Err(Ok(mut lease)) = waiter.send(Ok(lease)) {
                 // The waiter left between our lock and its guard. Its lease must not be dropped as
@@ -305,7 +346,11 @@ impl FunctionPool {
     fn release(self: &Arc<Self>, container: &PoolContainer) {
         let mut state = self.state.lock();
         // By id, not by pointer: a container that was told again has a new value and the same slots.
-        let Some(entry) = state.entries.iter_mut().find(|entry| entry.container.id == container.id) else {
+        let Some(entry) = state
+            .entries
+            .iter_mut()
+            .find(|entry| entry.container.id == container.id)
+        else {
             return; // It is gone, and its slots with it.
         };
         entry.in_flight -= 1;
@@ -326,20 +371,21 @@ impl FunctionPool {
 
     /// Notes that the numbers changed and plans a report where none is planned.
     fn note(self: &Arc<Self>, state: &mut State, urgency: Urgency) {
-        state.is_dirty = true;
+        state.telling.is_due = true;
         match urgency {
             Urgency::Urgent => {
-                if !state.urgent_planned {
-                    state.urgent_planned = true;
+                if !state.telling.urgent_planned {
+                    state.telling.urgent_planned = true;
                     let now = Instant::now();
-                    let at = state.last_urgent.map_or(now, |last| now.max(last + URGENT_GAP));
+                    let at = state.telling.last_urgent.map_or(now, |last| now.max(last + URGENT_GAP));
                     self.board.plan(at, Arc::clone(self), urgency);
                 }
             }
             Urgency::Routine => {
-                if !state.routine_planned {
-                    state.routine_planned = true;
-                    self.board.plan(Instant::now() + REPORT_DELAY, Arc::clone(self), urgency);
+                if !state.telling.routine_planned {
+                    state.telling.routine_planned = true;
+                    self.board
+                        .plan(Instant::now() + REPORT_DELAY, Arc::clone(self), urgency);
                 }
             }
         }

@@ -13,7 +13,7 @@ use crate::demand;
 const LIMITS: WaitLimits = WaitLimits {
     max_waiting: 100,
     startup_timeout: Duration::from_secs(10),
-    request_timeout: Duration::from_secs(60),
+    request_timeout: Duration::from_mins(1),
 };
 
 struct Fixture {
@@ -28,7 +28,11 @@ fn fixture() -> Fixture {
     let (sender, reports) = mpsc::channel(100);
     let shutdown = CancellationToken::new();
     tokio::spawn(demand::run(board, DemandSender(sender), shutdown.clone()));
-    Fixture { pool, reports, _shutdown: shutdown.drop_guard() }
+    Fixture {
+        pool,
+        reports,
+        _shutdown: shutdown.drop_guard(),
+    }
 }
 
 impl Fixture {
@@ -54,7 +58,13 @@ impl Fixture {
     }
 
     fn in_flight(&self) -> Vec<u32> {
-        self.pool.state.lock().entries.iter().map(|entry| entry.in_flight).collect()
+        self.pool
+            .state
+            .lock()
+            .entries
+            .iter()
+            .map(|entry| entry.in_flight)
+            .collect()
     }
 
     async fn now(&self) -> SlotLease {
@@ -165,7 +175,10 @@ async fn a_failed_start_fails_all_who_wait_now() {
     fixture.pool.start_failed("no module named 'x'");
     for waiter in waiters {
         let error = waiter.await.unwrap().unwrap_err();
-        assert!(matches!(&error, AcquireError::StartFailed(message) if message == "no module named 'x'"), "{error}");
+        assert!(
+            matches!(&error, AcquireError::StartFailed(message) if message == "no module named 'x'"),
+            "{error}"
+        );
     }
     // Later ones wait again.
     let later = fixture.waiting().await;
@@ -176,9 +189,15 @@ async fn a_failed_start_fails_all_who_wait_now() {
 #[tokio::test(start_paused = true)]
 async fn the_waiting_room_is_bounded() {
     let fixture = fixture();
-    let limits = WaitLimits { max_waiting: 1, ..LIMITS };
+    let limits = WaitLimits {
+        max_waiting: 1,
+        ..LIMITS
+    };
     let _waiter = fixture.waiting().await;
-    assert!(matches!(fixture.pool.acquire(limits, None).await, Err(AcquireError::RoomFull)));
+    assert!(matches!(
+        fixture.pool.acquire(limits, None).await,
+        Err(AcquireError::RoomFull)
+    ));
 }
 
 #[tokio::test(start_paused = true)]
@@ -199,9 +218,15 @@ async fn a_container_to_avoid_is_the_last_resort() {
     let fixture = fixture();
     let first = fixture.ready(2);
     let second = fixture.ready(1);
-    assert_eq!(fixture.pool.acquire(LIMITS, Some(first)).await.unwrap().container().id, second);
+    assert_eq!(
+        fixture.pool.acquire(LIMITS, Some(first)).await.unwrap().container().id,
+        second
+    );
     let _held = fixture.pool.acquire(LIMITS, Some(first)).await.unwrap();
-    assert_eq!(fixture.pool.acquire(LIMITS, Some(first)).await.unwrap().container().id, first);
+    assert_eq!(
+        fixture.pool.acquire(LIMITS, Some(first)).await.unwrap().container().id,
+        first
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -223,7 +248,9 @@ async fn a_container_told_ready_twice_keeps_its_requests() {
     let fixture = fixture();
     let id = fixture.ready(1);
     let held = fixture.now().await;
-    fixture.pool.ready(id, 2, &[(Some("m".to_owned()), WebTarget::DataChannel)]);
+    fixture
+        .pool
+        .ready(id, 2, &[(Some("m".to_owned()), WebTarget::DataChannel)]);
     assert_eq!(fixture.in_flight(), [1]);
     let second = fixture.now().await;
     assert!(second.container().target(Some("m")).is_some());
@@ -238,7 +265,10 @@ async fn retired_pools_refuse_and_used_ones_do_not_retire() {
     assert!(!fixture.pool.retire());
     fixture.pool.gone(id);
     assert!(fixture.pool.retire());
-    assert!(matches!(fixture.pool.acquire(LIMITS, None).await, Err(AcquireError::Retired)));
+    assert!(matches!(
+        fixture.pool.acquire(LIMITS, None).await,
+        Err(AcquireError::Retired)
+    ));
 }
 
 #[tokio::test(start_paused = true)]
@@ -277,11 +307,14 @@ async fn a_busy_function_reports_a_few_times_a_second_and_after_its_last_request
     drop(lease);
     let before_end = Timestamp::now();
     tokio::time::sleep(demand::REPORT_DELAY).await;
-    let last = fixture.reports_so_far().pop().expect("a report follows the last activity");
+    let last = fixture
+        .reports_so_far()
+        .pop()
+        .expect("a report follows the last activity");
     assert_eq!(last.containers[0].in_flight, 0);
     assert!(last.containers[0].last_active <= before_end);
     // And then silence.
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    tokio::time::sleep(Duration::from_mins(1)).await;
     assert!(fixture.reports_so_far().is_empty());
 }
 

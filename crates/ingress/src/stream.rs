@@ -72,7 +72,13 @@ impl StreamBody {
     pub(crate) fn new(first: [Option<Frame<Bytes>>; 2], live: Live, deadline: Instant, request_id: RequestId) -> Self {
         let route = Arc::clone(&live.route);
         let gone = live.lease.container().gone.clone();
-        let shared = Arc::new(Shared { state: Mutex::new(State { live: Some(live), cut: None, waker: None }) });
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                live: Some(live),
+                cut: None,
+                waker: None,
+            }),
+        });
         let watched = Arc::clone(&shared);
         // Kind: per request. Ends at the deadline at the latest; aborted with the body.
         let watchdog = tokio::spawn(async move {
@@ -82,7 +88,14 @@ impl StreamBody {
             };
             watched.cut(cut);
         });
-        Self { first, shared, watchdog: watchdog.abort_handle(), route, request_id, is_done: false }
+        Self {
+            first,
+            shared,
+            watchdog: watchdog.abort_handle(),
+            route,
+            request_id,
+            is_done: false,
+        }
     }
 
     pub(crate) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {

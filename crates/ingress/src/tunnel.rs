@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::body::ResponseBody;
 use crate::forward;
-use crate::proxy::{AttemptError, Exchanging, Outgoing, bounded, not_reached};
+use crate::proxy::{AttemptError, Exchanging, Outgoing, bounded, connecting, not_reached};
 use crate::respond::Failure;
 use crate::slots::SlotLease;
 use crate::stream::{Live, StreamBody};
@@ -43,12 +43,14 @@ pub(crate) async fn open(
     let timeout = exchanging.route.timeout;
     let limits = &exchanging.ingress.config.limits;
     let container = Arc::clone(lease.container());
-    let connected = bounded(deadline, timeout, &container.gone, target.connect(limits)).await?;
-    let (mut sender, task) = connected.map_err(not_reached)?.spawn();
+    let connection = connecting(deadline, timeout, &container.gone, target.connect(limits)).await?;
+    let (mut sender, task) = connection.spawn();
 
     let mut request = outgoing.take(false);
     if let Some(upgrade) = &exchanging.upgrade {
-        request.headers_mut().insert(CONNECTION, HeaderValue::from_static("Upgrade"));
+        request
+            .headers_mut()
+            .insert(CONNECTION, HeaderValue::from_static("Upgrade"));
         request.headers_mut().insert(UPGRADE, upgrade.clone());
     }
     let sent = bounded(deadline, timeout, &container.gone, sender.try_send_request(request)).await?;
@@ -89,7 +91,11 @@ pub(crate) async fn open(
         }
         (None, _) => {
             // The app declined: an ordinary response.
-            let live = Live { exchange: Exchange::apart(body, task), lease, route: Arc::clone(exchanging.route) };
+            let live = Live {
+                exchange: Exchange::apart(body, task),
+                lease,
+                route: Arc::clone(exchanging.route),
+            };
             let body = StreamBody::new([None, None], live, deadline, exchanging.request_id.clone());
             Ok(Response::from_parts(head, ResponseBody::Stream(body)))
         }
@@ -131,7 +137,10 @@ struct Activity {
 
 impl Activity {
     fn new() -> Self {
-        Self { began: Instant::now(), last_millis: AtomicU64::new(0) }
+        Self {
+            began: Instant::now(),
+            last_millis: AtomicU64::new(0),
+        }
     }
 
     fn note(&self) {
@@ -159,7 +168,10 @@ struct Watched {
 
 impl Watched {
     fn new(upgraded: Upgraded, activity: &Arc<Activity>) -> Self {
-        Self { io: TokioIo::new(upgraded), activity: Arc::clone(activity) }
+        Self {
+            io: TokioIo::new(upgraded),
+            activity: Arc::clone(activity),
+        }
     }
 }
 

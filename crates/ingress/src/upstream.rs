@@ -45,6 +45,7 @@ type Driver = http1::Connection<TokioIo<TcpStream>, RequestBody>;
 pub(crate) struct DirectTarget {
     pub(crate) address: SocketAddr,
     /// Boxed: a connection is a kilobyte of state that would otherwise be copied from hand to hand.
+    #[expect(clippy::vec_box, reason = "see above")]
     idle: Mutex<Vec<Box<Connection>>>,
 }
 
@@ -62,7 +63,10 @@ pub(crate) struct Connection {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     #[error("failed to connect to the app at {address}")]
-    Connect { address: SocketAddr, source: std::io::Error },
+    Connect {
+        address: SocketAddr,
+        source: std::io::Error,
+    },
     #[error("the app at {address} did not accept a connection within {limit:?}")]
     TimedOut { address: SocketAddr, limit: Duration },
     #[error("failed to begin HTTP with the app at {address}")]
@@ -71,7 +75,10 @@ pub(crate) enum ConnectError {
 
 impl DirectTarget {
     pub(crate) fn new(address: SocketAddr) -> Self {
-        Self { address, idle: Mutex::default() }
+        Self {
+            address,
+            idle: Mutex::default(),
+        }
     }
 
     /// A free connection, the most recently used first, else a new one.
@@ -101,15 +108,27 @@ impl DirectTarget {
         let stream = match tokio::time::timeout(limits.connect_timeout, TcpStream::connect(address)).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(source)) => return Err(ConnectError::Connect { address, source }),
-            Err(_elapsed) => return Err(ConnectError::TimedOut { address, limit: limits.connect_timeout }),
+            Err(_elapsed) => {
+                return Err(ConnectError::TimedOut {
+                    address,
+                    limit: limits.connect_timeout,
+                });
+            }
         };
-        stream.set_nodelay(true).map_err(|source| ConnectError::Connect { address, source })?;
+        stream
+            .set_nodelay(true)
+            .map_err(|source| ConnectError::Connect { address, source })?;
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(READ_BUFFER)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|source| ConnectError::Handshake { address, source })?;
-        Ok(Box::new(Connection { sender, driver, used_at: Instant::now(), is_reused: false }))
+        Ok(Box::new(Connection {
+            sender,
+            driver,
+            used_at: Instant::now(),
+            is_reused: false,
+        }))
     }
 
     /// Keeps a connection for the next request, if it is in order and there is room.
@@ -131,7 +150,10 @@ impl DirectTarget {
 pub(crate) enum SendError {
     /// Not a byte of it was written.
     #[error("the connection had closed before the request was written")]
-    NotSent { request: Box<Request<RequestBody>>, source: hyper::Error },
+    NotSent {
+        request: Box<Request<RequestBody>>,
+        source: hyper::Error,
+    },
     #[error("the connection broke before the response")]
     Broken(#[source] hyper::Error),
 }
@@ -159,7 +181,10 @@ impl Connection {
         })
         .await;
         answered.map_err(|mut error| match error.take_message() {
-            Some(request) => SendError::NotSent { request: Box::new(request), source: error.into_error() },
+            Some(request) => SendError::NotSent {
+                request: Box::new(request),
+                source: error.into_error(),
+            },
             None => SendError::Broken(error.into_error()),
         })
     }
@@ -204,11 +229,17 @@ enum Mode {
 
 impl Exchange {
     pub(crate) fn together(body: Incoming, connection: Box<Connection>) -> Self {
-        Self { body, mode: Mode::Together(connection) }
+        Self {
+            body,
+            mode: Mode::Together(connection),
+        }
     }
 
     pub(crate) fn apart(body: Incoming, task: DriverTask) -> Self {
-        Self { body, mode: Mode::Apart(task) }
+        Self {
+            body,
+            mode: Mode::Apart(task),
+        }
     }
 
     pub(crate) fn is_complete(&self) -> bool {

@@ -19,7 +19,7 @@ const MAX_HOLD: Duration = Duration::from_mins(1);
 
 pub(crate) async fn get_or_create(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::ImageGetOrCreateRequest,
 ) -> Result<pb::ImageGetOrCreateResponse, Status> {
     let message = request.image.ok_or_else(|| status::invalid("the image has no definition"))?;
@@ -31,7 +31,9 @@ pub(crate) async fn get_or_create(
     let spec = spec(api, message, &request.build_function_id, builder_version).await?;
     let force = request.force_build || request.ignore_cache;
     let app_id = decode::optional_id(&request.app_id)?;
-    let image = api.control.images().get_or_create(spec, app_id, force).await.map_err(status::from_error)?;
+    let client_version = ctx.caller.client_version();
+    let image =
+        api.control.images().get_or_create(spec, app_id, client_version, force).await.map_err(status::from_error)?;
     Ok(pb::ImageGetOrCreateResponse {
         image_id: image.id.to_string(),
         result: encode::image_result(&image.state),

@@ -217,7 +217,7 @@ fn create_namespace_on_this_thread(plan: &SlotPlan) -> Result<OwnedFd, NetworkEr
 fn configure_namespace() -> Result<(), NetworkError> {
     // Interfaces that are made from now on; loopback keeps `::1`, which programs bind to.
     write_sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
-    // `ping` without the right to make raw packets, and port 80 for users other than root.
+    // Pings without the right to make raw packets, and port 80 for users other than root.
     write_sysctl("net/ipv4/ping_group_range", "0 2147483647")?;
     write_sysctl("net/ipv4/ip_unprivileged_port_start", "0")
 }

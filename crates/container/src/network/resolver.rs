@@ -57,10 +57,12 @@ fn choose(configured: &[IpAddr], host: &str, upstream: &str) -> ResolvConf {
 
 fn render(mut nameservers: Vec<IpAddr>, template: &str, problem: Option<String>) -> ResolvConf {
     nameservers.truncate(MAX_NAMESERVERS);
-    let mut text: String = nameservers
-        .iter()
-        .map(|address| format!("nameserver {address}\n"))
-        .collect();
+    let mut text = String::new();
+    for address in &nameservers {
+        text.push_str("nameserver ");
+        text.push_str(&address.to_string());
+        text.push('\n');
+    }
     for line in template
         .lines()
         .filter(|line| line.starts_with("search ") || line.starts_with("options "))

@@ -1,7 +1,7 @@
 //! What every runtime does alike.
 
-use ionian_container::{Bind, Feature, NetworkMode, Signal, StartError};
-use ionian_domain::container::ContainerExit;
+use ionian_container::{Bind, ContainerConfig, Feature, NetworkMode, OpenError, Signal, StartError};
+use ionian_domain::container::{ContainerExit, RuntimeKind};
 
 use crate::support::{Subject, eventually, finish, processes_with, read_until, run};
 
@@ -194,4 +194,14 @@ async fn what_a_runtime_cannot_do_it_refuses_by_name() {
         }
         subject.close().await;
     }
+}
+
+#[tokio::test]
+async fn a_runtime_that_is_not_there_is_never_replaced_by_another() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = ContainerConfig::new("gvisor", directory.path());
+    let Err(error) = ionian_container::open(RuntimeKind::Gvisor, config).await else {
+        panic!("something was opened")
+    };
+    assert!(matches!(error, OpenError::NotAvailable(RuntimeKind::Gvisor)), "{error}");
 }

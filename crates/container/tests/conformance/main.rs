@@ -2,8 +2,12 @@
 //!
 //! What needs root says so and is skipped without it.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking, also in its helpers")]
+#![expect(clippy::print_stdout, reason = "tests say what they skip and what they measured")]
+
 mod common;
 mod isolated;
 mod leftovers;
 mod network;
+mod packages;
 mod support;

@@ -134,6 +134,7 @@ impl Subject {
 pub(crate) struct Platform {
     pub(crate) runtime: RuncRuntime,
     pub(crate) config: ContainerConfig,
+    closed: bool,
     _directory: tempfile::TempDir,
 }
 
@@ -146,10 +147,12 @@ impl Platform {
         Self {
             runtime,
             config,
+            closed: false,
             _directory: directory,
         }
     }
 
+    #[expect(clippy::unused_self, reason = "reads as what it is: a launch for this platform")]
     pub(crate) fn launch(&self, name: &str, argv: &[&str]) -> Launch {
         let mut launch = Launch::new(
             name,
@@ -171,7 +174,8 @@ impl Platform {
     }
 
     /// Shuts down and looks for what should be gone.
-    pub(crate) async fn close(self) {
+    pub(crate) async fn close(mut self) {
+        self.closed = true;
         self.runtime.remove_all().await.unwrap();
         assert_eq!(self.traces(), Vec::<String>::new());
         assert!(matches!(
@@ -236,6 +240,23 @@ impl Platform {
             .into_iter()
             .filter(|link| link.name().to_string_lossy().starts_with(&prefix))
             .count()
+    }
+}
+
+/// A test that failed does not leave its bridge and firewall on the machine.
+impl Drop for Platform {
+    fn drop(&mut self) {
+        if self.closed {
+            return;
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let removed = tokio::runtime::Runtime::new()
+                    .unwrap()
+                    .block_on(self.runtime.remove_all());
+                println!("removed what the failed test left: {removed:?}");
+            });
+        });
     }
 }
 

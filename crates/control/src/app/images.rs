@@ -41,6 +41,8 @@ pub struct BuildJob {
     pub secrets: Vec<(String, String)>,
     /// `REGISTRY_USERNAME` and `REGISTRY_PASSWORD`.
     pub registry_login: Option<(String, String)>,
+    /// The client that asks: its in-container side is fetched with the build, not at the first start.
+    pub client_version: String,
     pub force: bool,
 }
 
@@ -129,7 +131,13 @@ impl Images<'_> {
     }
 
     /// The image of this definition; starts its build where it is not built.
-    pub async fn get_or_create(&self, spec: ImageSpec, app_id: Option<AppId>, force: bool) -> Result<Image> {
+    pub async fn get_or_create(
+        &self,
+        spec: ImageSpec,
+        app_id: Option<AppId>,
+        client_version: &str,
+        force: bool,
+    ) -> Result<Image> {
         if spec.build_function_id.is_some() {
             return Err(Error::new(
                 ionian_domain::ErrorKind::Unimplemented,
@@ -148,14 +156,14 @@ impl Images<'_> {
                 ImageState::Ready { .. } | ImageState::Building | ImageState::Failed { .. } => {}
             }
         }
-        let job = self.job(id, &spec, force).await?;
+        let job = self.job(id, &spec, client_version, force).await?;
         let image = Image { id, app_id, spec, state: ImageState::Building, created_at: Timestamp::now() };
         self.0.store().images().upsert(&image).await?;
         self.start(job);
         Ok(image)
     }
 
-    async fn job(&self, image_id: ImageId, spec: &ImageSpec, force: bool) -> Result<BuildJob> {
+    async fn job(&self, image_id: ImageId, spec: &ImageSpec, client_version: &str, force: bool) -> Result<BuildJob> {
         let mut bases = BTreeMap::new();
         for (tag, base_id) in &spec.base_images {
             match self.get(*base_id).await?.state {
@@ -203,6 +211,7 @@ impl Images<'_> {
             context,
             secrets: self.0.secrets().open(&spec.secret_ids).await?,
             registry_login,
+            client_version: client_version.to_owned(),
             force,
         })
     }

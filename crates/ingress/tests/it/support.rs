@@ -27,25 +27,26 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 /// Nothing in these tests takes longer on a slow machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-pub const HOST: &str = "main--hello-web.localhost";
+pub(crate) const HOST: &str = "main--hello-web.localhost";
 
-pub type AppBody = UnsyncBoxBody<Bytes, Infallible>;
+pub(crate) type AppBody = UnsyncBoxBody<Bytes, Infallible>;
 
-pub struct Platform {
-    pub address: SocketAddr,
-    pub function_id: FunctionId,
-    pub routes: watch::Sender<Arc<RouteTable>>,
-    pub pool: mpsc::Sender<PoolEvent>,
-    pub demand: mpsc::Receiver<DemandReport>,
-    pub data_channels: DataChannels,
-    pub shutdown: CancellationToken,
-    pub serving: JoinHandle<()>,
-    pub ingress: Ingress,
+pub(crate) struct Platform {
+    pub(crate) address: SocketAddr,
+    pub(crate) function_id: FunctionId,
+    pub(crate) routes: watch::Sender<Arc<RouteTable>>,
+    pub(crate) pool: mpsc::Sender<PoolEvent>,
+    pub(crate) demand: tokio::sync::Mutex<mpsc::Receiver<DemandReport>>,
+    pub(crate) data_channels: DataChannels,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) serving: JoinHandle<()>,
+    pub(crate) ingress: Ingress,
+    pub(crate) ingress_shutdown: CancellationToken,
 }
 
-pub fn route(function_id: FunctionId) -> Route {
+pub(crate) fn route(function_id: FunctionId) -> Route {
     Route {
         host_label: "main--hello-web".to_owned(),
         app_id: AppId::generate(),
@@ -62,15 +63,17 @@ pub fn route(function_id: FunctionId) -> Route {
 }
 
 impl Platform {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::start_with(IngressConfig::default(), |_| {}).await
     }
 
-    pub async fn start_with(config: IngressConfig, change_route: impl FnOnce(&mut Route)) -> Self {
+    pub(crate) async fn start_with(config: IngressConfig, change_route: impl FnOnce(&mut Route)) -> Self {
         let function_id = FunctionId::generate();
         let mut route = route(function_id);
         change_route(&mut route);
-        let table = RouteTable { by_host_label: HashMap::from([(route.host_label.clone(), Arc::new(route))]) };
+        let table = RouteTable {
+            by_host_label: HashMap::from([(route.host_label.clone(), Arc::new(route))]),
+        };
         let (routes, routes_receiver) = watch::channel(Arc::new(table));
         let (pool, pool_receiver) = mpsc::channel(1_000);
         let (demand_sender, demand) = mpsc::channel(10_000);
@@ -82,33 +85,66 @@ impl Platform {
             data_channels: data_channels.clone(),
         };
         let proxy_auth = Arc::new(|key: &str, secret: &str| key == "wk-good" && secret == "ws-good");
-        let ingress = Ingress::start(link, config, proxy_auth, CancellationToken::new());
+        let ingress_shutdown = CancellationToken::new();
+        let ingress = Ingress::start(link, config, proxy_auth, ingress_shutdown.clone());
         let shutdown = CancellationToken::new();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let services = Services { platform: platform_echo(), ingress: ingress.clone() };
+        let services = Services {
+            platform: platform_echo(),
+            ingress: ingress.clone(),
+        };
         let serving = tokio::spawn(ionian_ingress::serve(vec![listener], services, shutdown.clone()));
-        Self { address, function_id, routes, pool, demand, data_channels, shutdown, serving, ingress }
+        let demand = tokio::sync::Mutex::new(demand);
+        Self {
+            address,
+            function_id,
+            routes,
+            pool,
+            demand,
+            data_channels,
+            shutdown,
+            serving,
+            ingress,
+            ingress_shutdown,
+        }
     }
 
-    pub async fn ready(&self, slots: u32, target: WebTarget) -> ContainerId {
+    pub(crate) async fn ready(&self, slots: u32, target: WebTarget) -> ContainerId {
         let container_id = ContainerId::generate();
         self.data_channels.attach(container_id);
         let targets = vec![(None, target)];
-        let event = PoolEvent::Ready { function_id: self.function_id, container_id, slots, targets };
+        let event = PoolEvent::Ready {
+            function_id: self.function_id,
+            container_id,
+            slots,
+            targets,
+        };
         self.pool.send(event).await.unwrap();
         container_id
     }
 
-    pub async fn draining(&self, container_id: ContainerId) {
-        self.pool.send(PoolEvent::Draining { function_id: self.function_id, container_id }).await.unwrap();
+    pub(crate) async fn draining(&self, container_id: ContainerId) {
+        self.pool
+            .send(PoolEvent::Draining {
+                function_id: self.function_id,
+                container_id,
+            })
+            .await
+            .unwrap();
     }
 
-    pub async fn gone(&self, container_id: ContainerId) {
-        self.pool.send(PoolEvent::Gone { function_id: self.function_id, container_id }).await.unwrap();
+    pub(crate) async fn gone(&self, container_id: ContainerId) {
+        self.pool
+            .send(PoolEvent::Gone {
+                function_id: self.function_id,
+                container_id,
+            })
+            .await
+            .unwrap();
     }
 
-    pub async fn start_failed(&self, message: &str) {
+    pub(crate) async fn start_failed(&self, message: &str) {
         let event = PoolEvent::StartFailed {
             function_id: self.function_id,
             container_id: ContainerId::generate(),
@@ -117,11 +153,11 @@ impl Platform {
         self.pool.send(event).await.unwrap();
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.send(request("GET", path)).await
     }
 
-    pub async fn send<B>(&self, request: Request<B>) -> Answer
+    pub(crate) async fn send<B>(&self, request: Request<B>) -> Answer
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -130,27 +166,41 @@ impl Platform {
         let (head, body) = response.into_parts();
         let body = within(body.collect()).await.unwrap();
         let trailers = body.trailers().cloned();
-        Answer { head, body: body.to_bytes(), trailers }
+        Answer {
+            head,
+            body: body.to_bytes(),
+            trailers,
+        }
     }
 
     /// Sends on a connection of its own and returns when the head of the response is there.
-    pub async fn open<B>(&self, request: Request<B>) -> Response<Incoming>
+    pub(crate) async fn open<B>(&self, request: Request<B>) -> Response<Incoming>
     where
         B: http_body::Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let stream = TcpStream::connect(self.address).await.unwrap();
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .unwrap();
         tokio::spawn(connection.with_upgrades());
         within(sender.send_request(request)).await.unwrap()
     }
 
+    /// A request whose connection closes when the future is dropped.
+    pub(crate) async fn raw_get(&self) -> Vec<u8> {
+        raw(
+            self.address,
+            format!("GET / HTTP/1.1\r\nhost: {HOST}\r\n\r\n").as_bytes(),
+        )
+        .await
+    }
+
     /// Waits for a report that fits.
-    pub async fn demand_where(&mut self, fits: impl Fn(&DemandReport) -> bool) -> DemandReport {
+    pub(crate) async fn demand_where(&self, fits: impl Fn(&DemandReport) -> bool) -> DemandReport {
         within(async {
             loop {
-                let report = self.demand.recv().await.unwrap();
+                let report = self.demand.lock().await.recv().await.unwrap();
                 if fits(&report) {
                     return report;
                 }
@@ -161,45 +211,55 @@ impl Platform {
 }
 
 /// Echoes what the platform service saw.
-pub fn platform_echo() -> ionian_ingress::PlatformService {
+pub(crate) fn platform_echo() -> ionian_ingress::PlatformService {
     ionian_ingress::platform_service(tower::service_fn(|request: Request<Incoming>| async move {
-        let peer = request.extensions().get::<ConnectionInfo>().map(|info| info.peer.ip().to_string());
+        let peer = request
+            .extensions()
+            .get::<ConnectionInfo>()
+            .map(|info| info.peer.ip().to_string());
         let text = format!("platform {} {}", request.uri().path(), peer.unwrap_or_default());
         let response = Response::builder().header("content-type", "application/grpc");
         Ok::<_, Infallible>(response.body(Full::new(Bytes::from(text))).unwrap())
     }))
 }
 
-pub fn request(method: &str, path: &str) -> Request<Full<Bytes>> {
-    Request::builder().method(method).uri(path).header("host", HOST).body(Full::default()).unwrap()
+pub(crate) fn request(method: &str, path: &str) -> Request<Full<Bytes>> {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", HOST)
+        .body(Full::default())
+        .unwrap()
 }
 
-pub async fn within<T>(step: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, step).await.expect("the step takes too long")
+pub(crate) async fn within<T>(step: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, step)
+        .await
+        .expect("the step takes too long")
 }
 
 #[derive(Debug)]
-pub struct Answer {
-    pub head: http::response::Parts,
-    pub body: Bytes,
-    pub trailers: Option<http::HeaderMap>,
+pub(crate) struct Answer {
+    pub(crate) head: http::response::Parts,
+    pub(crate) body: Bytes,
+    pub(crate) trailers: Option<http::HeaderMap>,
 }
 
 impl Answer {
-    pub fn status(&self) -> u16 {
+    pub(crate) fn status(&self) -> u16 {
         self.head.status.as_u16()
     }
 
-    pub fn text(&self) -> &str {
+    pub(crate) fn text(&self) -> &str {
         std::str::from_utf8(&self.body).unwrap()
     }
 
-    pub fn header(&self, name: &str) -> Option<&str> {
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.head.headers.get(name).map(|value| value.to_str().unwrap())
     }
 
     /// The code of a platform error, after checking its form.
-    pub fn error_code(&self) -> String {
+    pub(crate) fn error_code(&self) -> String {
         assert_eq!(self.header("content-type"), Some("application/json"));
         let json: serde_json::Value = serde_json::from_slice(&self.body).unwrap();
         let error = &json["error"];
@@ -210,13 +270,13 @@ impl Answer {
 }
 
 /// An app with a socket. Dropping it closes the listener and every connection at once.
-pub struct App {
-    pub address: SocketAddr,
+pub(crate) struct App {
+    pub(crate) address: SocketAddr,
     accepting: AbortOnDropHandle<()>,
 }
 
 impl App {
-    pub async fn start<F, R>(handler: F) -> Self
+    pub(crate) async fn start<F, R>(handler: F) -> Self
     where
         F: Fn(Request<Incoming>) -> R + Clone + Send + Sync + 'static,
         R: Future<Output = Response<AppBody>> + Send + 'static,
@@ -243,23 +303,23 @@ impl App {
         Self { address, accepting }
     }
 
-    pub fn target(&self) -> WebTarget {
+    pub(crate) fn target(&self) -> WebTarget {
         WebTarget::Direct(self.address)
     }
 
-    pub async fn kill(self) {
+    pub(crate) async fn kill(self) {
         let Self { accepting, .. } = self;
         accepting.abort();
         assert!(accepting.await.is_err());
     }
 }
 
-pub fn text(text: impl Into<Bytes>) -> Response<AppBody> {
+pub(crate) fn text(text: impl Into<Bytes>) -> Response<AppBody> {
     Response::new(Full::new(text.into()).boxed_unsync())
 }
 
 /// Writes raw bytes and reads until the other side closes.
-pub async fn raw(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+pub(crate) async fn raw(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).await.unwrap();
     // The other side may have closed before it has read everything.
     let _closed = stream.write_all(bytes).await;

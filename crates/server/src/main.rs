@@ -1,0 +1,142 @@
+//! The binary `ionian`: configuration, wiring, supervision, commands.
+
+mod config;
+mod doctor;
+mod host;
+mod keys;
+mod logging;
+mod reap;
+mod serve;
+mod settings;
+mod token;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::Config;
+
+#[derive(Debug, Parser)]
+#[command(name = "ionian", version, about = "A self-hosted serverless platform for Python apps written with the modal SDK")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the platform: API, web endpoints, scheduler and one worker in one process.
+    Serve {
+        #[command(flatten)]
+        source: Source,
+        /// Address and port of the one listener; port 0 lets the system choose.
+        #[arg(long, value_name = "ADDR:PORT")]
+        listen: Option<String>,
+    },
+    /// API tokens, for clients.
+    Token {
+        #[command(subcommand)]
+        command: TokenCommand,
+    },
+    /// What this host can do, and how to mend what is missing.
+    Doctor {
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Remove what a killed server left behind: containers, networks, mounts, control groups.
+    Reap {
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Print a configuration file with every key, its default and what it means.
+    Config,
+}
+
+#[derive(Debug, Subcommand)]
+enum TokenCommand {
+    /// Make a token, and print what a shell must set to use it.
+    New {
+        #[command(flatten)]
+        source: Source,
+        #[arg(long, default_value = "")]
+        name: String,
+    },
+    /// List tokens, without their secrets.
+    List {
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Make a token worthless.
+    Revoke {
+        #[command(flatten)]
+        source: Source,
+        id: String,
+    },
+}
+
+/// Where settings come from.
+#[derive(Debug, Clone, clap::Args)]
+struct Source {
+    /// Configuration file; see `ionian config`.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Where the platform keeps its data.
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+impl Source {
+    fn load(&self) -> anyhow::Result<Config> {
+        Config::load(self.config.as_deref(), self.data_dir.as_deref())
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprint_error(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the last word of a command that failed")]
+fn eprint_error(error: &anyhow::Error) {
+    eprintln!("ionian: {error:#}");
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve { source, listen } => {
+            let mut config = source.load()?;
+            if let Some(listen) = listen {
+                config.listen = config::parse_listen(&listen).map_err(|reason| anyhow::anyhow!("--listen: {reason}"))?;
+            }
+            logging::start(&config.log);
+            runtime()?.block_on(serve::run(config))
+        }
+        Command::Token { command: TokenCommand::New { source, name } } => {
+            runtime()?.block_on(token::new(&source.load()?, &name))
+        }
+        Command::Token { command: TokenCommand::List { source } } => runtime()?.block_on(token::list(&source.load()?)),
+        Command::Token { command: TokenCommand::Revoke { source, id } } => {
+            runtime()?.block_on(token::revoke(&source.load()?, &id))
+        }
+        Command::Doctor { source } => doctor::run(&source.load()?),
+        Command::Reap { source } => {
+            let config = source.load()?;
+            logging::start(&config.log);
+            runtime()?.block_on(reap::run(&config))
+        }
+        Command::Config => {
+            settings::print_documented();
+            Ok(())
+        }
+    }
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?)
+}

@@ -1,0 +1,255 @@
+//! `ionian serve`: the parts, put together, and the order in which they start and end.
+//!
+//! Start: lock and keys, store and blobs, runtime and network, worker, control (which recovers), then the
+//! listeners. End, on SIGTERM or SIGINT: the public listener finishes its requests, containers end, the
+//! rest follows. Nothing that was acknowledged depends on an orderly end.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ionian_api::{Api, encode_container_arguments, http_router};
+use ionian_blobs::UrlSigner;
+use ionian_container::config::ContainerConfig;
+use ionian_container::{ProcessRuntime, RuncRuntime, Runtime};
+use ionian_control::{Control, ControlConfig, Parts, Started};
+use ionian_domain::container::RuntimeKind;
+use ionian_image::{HostTrust, LayerStore};
+use ionian_ingress::{Ingress, IngressConfig, Services, platform_service};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Config;
+use crate::keys::Keys;
+use crate::{host, token};
+
+mod build;
+mod platform;
+
+/// How long containers have to end after the last request.
+const CONTAINERS_END: Duration = Duration::from_secs(15);
+/// An ephemeral app's client sends a heartbeat every 15 s; four missed ones mean that it is gone.
+const CLIENT_HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(60);
+
+pub(crate) fn container_config(config: &Config) -> ContainerConfig {
+    let mut container = ContainerConfig::new(config.instance_id(), config.data_dir.join("containers"));
+    container.address_pool = config.address_pool;
+    container
+}
+
+pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
+    let store = token::open_store(&config).await?;
+    let _lock = lock(&config.data_dir)?;
+    let keys = Keys::load(&config.data_dir)?;
+    let (content, blobs) =
+        ionian_blobs::open_local(&config.data_dir.join("blobs")).await.context("cannot open the blob store")?;
+    let signer = UrlSigner::new(keys.urls);
+    let listeners = bind(&config.listen).await?;
+    let public_port = listeners.first().context("no address to listen on")?.local_addr()?.port();
+
+    let runtime: Arc<dyn Runtime> = match config.runtime {
+        RuntimeKind::Runc => Arc::new(RuncRuntime::open(container_config(&config)).await.context(
+            "cannot use the runc runtime; `ionian doctor` tells what is missing",
+        )?),
+        RuntimeKind::Process => {
+            tracing::warn!("the process runtime isolates nothing: run only code that you trust");
+            Arc::new(ProcessRuntime::new())
+        }
+        RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
+    };
+    let container_listener = match runtime.network() {
+        Some(network) => {
+            let listener = TcpListener::bind((network.gateway(), 0)).await.context("cannot listen for containers")?;
+            network.allow_host_port(listener.local_addr()?.port()).await?;
+            listener
+        }
+        None => TcpListener::bind("127.0.0.1:0").await.context("cannot listen for containers")?,
+    };
+    let container_server_url = format!("http://{}", container_listener.local_addr()?);
+
+    let cancel = CancellationToken::new();
+    let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
+    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone())?;
+    let builder = parts.builder.clone();
+    let (scheme, port) = config.public.clone().unwrap_or_else(|| ("http".to_owned(), public_port));
+    let started = Control::start(Parts {
+        config: control_config(&config, scheme, port, container_server_url),
+        store: store.clone(),
+        content,
+        blobs,
+        secret_key: keys.secret,
+        container_key: keys.containers,
+        build: build::build_fn(builder),
+        layers_present: Arc::new(move |image| image.layers.iter().all(|key| layers.contains(key))),
+        encode_arguments: Arc::new(encode_container_arguments),
+        cancel: cancel.clone(),
+    })
+    .await
+    .context("cannot start")?;
+    let Started { control, web, desired, reports, mut essential } = started;
+    let worker = tokio::spawn(parts.worker(&control)?.run(desired, reports, cancel.clone()));
+
+    let ingress_config = IngressConfig {
+        base_domains: vec![config.base_domain.clone()],
+        workspace: config.workspace.clone(),
+        ..IngressConfig::default()
+    };
+    // Proxy tokens are not there yet: endpoints that require one refuse everybody.
+    let ingress = Ingress::start(web, ingress_config.clone(), Arc::new(|_, _| false), cancel.clone());
+    let public_scheme = if control.config().public_scheme == "https" { "https" } else { "http" };
+    let public = Services { platform: platform_of(&control, &signer, public_scheme), ingress: ingress.clone() };
+    let serving = CancellationToken::new();
+    let public_task = tokio::spawn(ionian_ingress::serve(listeners, public, serving.clone()));
+    let container_platform = platform_of(&control, &signer, "http");
+    let container_task = {
+        let (ingress_config, cancel) = (ingress_config.clone(), cancel.clone());
+        tokio::spawn(async move {
+            ionian_ingress::serve_platform_only(vec![container_listener], container_platform, &ingress_config, cancel)
+                .await;
+        })
+    };
+
+    announce(&config, public_port)?;
+    let crashed = tokio::select! {
+        () = interrupted()? => false,
+        Some(ended) = essential.join_next() => {
+            if let Err(error) = ended {
+                tracing::error!(%error, "an essential task crashed");
+            }
+            true
+        }
+    };
+    tracing::info!("shutting down");
+    serving.cancel();
+    public_task.await.context("the public listener crashed")?;
+    if !crashed {
+        control.shut_down(CONTAINERS_END).await;
+    }
+    cancel.cancel();
+    ingress.closed().await;
+    container_task.await.context("the containers' listener crashed")?;
+    worker.await.context("the worker crashed")?;
+    essential.shutdown().await;
+    runtime.remove_all().await.context("cannot remove the containers' network")?;
+    store.close().await;
+    if crashed {
+        bail!("the server ended because an essential task crashed; its log says why. Start it again: it recovers");
+    }
+    tracing::info!("ended");
+    Ok(())
+}
+
+fn control_config(config: &Config, scheme: String, port: u16, container_server_url: String) -> ControlConfig {
+    let cores = host::cores();
+    let three_quarters = host::memory_mib().unwrap_or(4096) / 4 * 3;
+    let or = |value: u32, default: u32| if value == 0 { default } else { value };
+    ControlConfig {
+        workspace: config.workspace.clone(),
+        public_scheme: scheme,
+        base_domain: config.base_domain.clone(),
+        public_port: port,
+        image_builder_version: config.builder_version.clone(),
+        runtime: config.runtime,
+        container_server_url,
+        web_hook: config.web_hook,
+        data_dir: config.data_dir.clone(),
+        default_scaledown_window: config.scaledown_window,
+        client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
+        scheduler: ionian_scheduler::Config {
+            cpu_millis: or(config.cpu_millis, cores * 1_000),
+            memory_mib: or(config.memory_mib, three_quarters),
+            max_starting: cores.max(2),
+            ..ionian_scheduler::Config::default()
+        },
+    }
+}
+
+/// gRPC to the service, everything else to the platform's own paths.
+fn platform_of(control: &Control, signer: &UrlSigner, scheme: &'static str) -> ionian_ingress::PlatformService {
+    let api = Api::new(control.clone(), signer.clone(), scheme);
+    let router = http_router(control, signer);
+    platform_service(tower::service_fn(move |request: http::Request<hyper::body::Incoming>| {
+        let (api, router) = (api.clone(), router.clone());
+        async move { Ok::<_, std::convert::Infallible>(platform::answer(&api, router, request).await) }
+    }))
+}
+
+/// One server per data directory.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    let path = data_dir.join("serve.lock");
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
+        anyhow::anyhow!("another server runs on {}; stop it, or choose another --data-dir", data_dir.display())
+    })?;
+    Ok(file)
+}
+
+/// With port 0, the first address decides which port all of them get.
+async fn bind(addresses: &[SocketAddr]) -> anyhow::Result<Vec<TcpListener>> {
+    let mut listeners: Vec<TcpListener> = Vec::new();
+    for address in addresses {
+        let mut wanted = *address;
+        if wanted.port() == 0
+            && let Some(first) = listeners.first()
+        {
+            wanted.set_port(first.local_addr()?.port());
+        }
+        match TcpListener::bind(wanted).await {
+            Ok(listener) => listeners.push(listener),
+            // A machine without IPv6 has one loopback address.
+            Err(error) if !listeners.is_empty() && address.is_ipv6() => {
+                tracing::warn!(%wanted, %error, "not listening here");
+            }
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("cannot listen on {wanted}; another server may run there: choose another with --listen")
+                });
+            }
+        }
+    }
+    Ok(listeners)
+}
+
+/// Tells whoever started us that traffic may come, in one line.
+#[expect(clippy::print_stdout, reason = "the contract of `ionian serve`")]
+fn announce(config: &Config, port: u16) -> anyhow::Result<()> {
+    let ip = config.listen.first().map_or_else(|| "127.0.0.1".to_owned(), |address| {
+        if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() }
+    });
+    let url = format!("http://{ip}:{port}");
+    fs::write(config.url_file(), &url).with_context(|| format!("cannot write {}", config.url_file().display()))?;
+    println!("ionian ready url={url}");
+    Ok(())
+}
+
+fn interrupted() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}
+
+/// What the host shares with builds and containers.
+fn trust(config: &Config) -> anyhow::Result<HostTrust> {
+    let mut trust = match config.ca_bundle.as_str() {
+        "auto" => HostTrust::detect(),
+        "none" => HostTrust::default(),
+        path => {
+            let path = Path::new(path);
+            if !path.is_file() {
+                bail!("the CA bundle {} does not exist", path.display());
+            }
+            HostTrust { ca_bundle: Some(path.to_owned()), env: Vec::new() }
+        }
+    };
+    trust.env.clone_from(&config.trust_env);
+    Ok(trust)
+}
