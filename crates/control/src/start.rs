@@ -8,6 +8,7 @@ use std::time::Duration;
 use ionian_blobs::{BlobStore, ContentStore};
 use ionian_domain::app::AppState;
 use ionian_domain::environment::Environment;
+use ionian_domain::log::{LogEntry, LogStream};
 use ionian_domain::web::PoolEvent;
 use ionian_domain::worker::{DesiredSet, WorkerReport};
 use ionian_domain::{AppId, EnvironmentId, Timestamp};
@@ -33,7 +34,7 @@ use crate::error::Error;
 use crate::logs::{LogError, Logs};
 use crate::seal::Sealer;
 use crate::turn_loop::{self, TurnHandle};
-use crate::web::{DemandReport, DemandSender, RouteTable, WebLink};
+use crate::web::{DemandReport, DemandSender, RequestLog, RouteTable, ServedRequest, WebLink};
 use crate::{BuildFn, ControlConfig, dispatch};
 
 /// Events for the ingress; it drains them at once, and control waits where it does not.
@@ -131,6 +132,7 @@ impl Control {
         let (snapshot_sender, snapshot) = watch::channel(ContainersSnapshot::default());
         let (reports, incoming_reports) = mpsc::channel(WORKER_REPORTS);
         let (notices, incoming_notices) = mpsc::channel(NOTICES);
+        let (requests, served) = RequestLog::channel();
         let (routes, routes_receiver) = watch::channel(Arc::new(RouteTable::default()));
         let logs = Logs::open(parts.config.data_dir.join("logs"))?;
         let containers = Containers::new(parts.container_key);
@@ -178,10 +180,11 @@ impl Control {
         essential.spawn(dispatch::observe(control.clone(), incoming_reports));
         essential.spawn(write_notices(control.clone(), incoming_notices));
         essential.spawn(pass_demand_on(control.clone(), demand));
+        essential.spawn(write_requests(control.clone(), served));
         control.ensure_default_environment().await?;
         control.recover().await?;
         essential.spawn(sweep(control.clone(), parts.cancel));
-        let web = WebLink { routes: routes_receiver, pool, demand: DemandSender(demand_sender), data_channels };
+        let web = WebLink { routes: routes_receiver, pool, demand: DemandSender(demand_sender), data_channels, requests };
         Ok(Started { control, web, desired, reports, essential })
     }
 
@@ -399,6 +402,39 @@ async fn write_notices(control: Control, mut notices: mpsc::Receiver<Notice>) {
             control.logs().say(&entry, &notice.text).await;
         }
         tracing::info!(function = %notice.function_id, text = notice.text.trim_end(), "notice");
+    }
+}
+
+/// Requests in one write to the log.
+const SERVED_PER_WRITE: usize = 64;
+
+async fn write_requests(control: Control, mut served: mpsc::Receiver<ServedRequest>) {
+    let mut batch = Vec::with_capacity(SERVED_PER_WRITE);
+    while served.recv_many(&mut batch, SERVED_PER_WRITE).await > 0 {
+        let entries = batch
+            .drain(..)
+            .map(|request| {
+                let left_out = match request.left_out {
+                    0 => String::new(),
+                    count => format!("  (and {count} more requests that are not shown)"),
+                };
+                LogEntry {
+                    at: Timestamp::now(),
+                    app_id: request.app_id,
+                    function_id: request.function_id,
+                    container_id: request.container_id,
+                    stream: LogStream::Info,
+                    text: format!(
+                        "{} {} -> {}  (duration: {:.1} ms){left_out}\n",
+                        request.method,
+                        request.path,
+                        request.status,
+                        request.duration.as_secs_f64() * 1e3,
+                    ),
+                }
+            })
+            .collect();
+        control.logs().append(entries).await;
     }
 }
 

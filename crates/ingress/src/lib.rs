@@ -35,7 +35,7 @@ mod upstream;
 use std::sync::Arc;
 
 use ionian_control::data_channel::DataChannels;
-use ionian_control::web::{RouteTable, WebLink};
+use ionian_control::web::{RequestLog, RouteTable, WebLink};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -58,6 +58,7 @@ pub(crate) struct Inner {
     pub(crate) routes: watch::Receiver<Arc<RouteTable>>,
     pub(crate) pools: Arc<pool::Pools>,
     pub(crate) data_channels: DataChannels,
+    pub(crate) requests: RequestLog,
     /// Upgraded connections, which outlive the requests that began them.
     pub(crate) tunnels: TaskTracker,
     pub(crate) shutdown: CancellationToken,
@@ -72,6 +73,7 @@ impl Ingress {
             pool,
             demand,
             data_channels,
+            requests,
         } = link;
         let board = Arc::new(demand::DemandBoard::default());
         let pools = Arc::new(pool::Pools::new(Arc::clone(&board)));
@@ -84,6 +86,7 @@ impl Ingress {
             routes,
             pools,
             data_channels,
+            requests,
             tunnels: TaskTracker::new(),
             shutdown,
         };

@@ -14,6 +14,7 @@ use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
+use ionian_control::web::ServedRequest;
 use ionian_domain::web::Route;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -77,9 +78,23 @@ pub(crate) async fn handle(
     request: Request<Incoming>,
 ) -> Response<ResponseBody> {
     let request_id = RequestId::of(request.headers());
+    let began = Instant::now();
+    let (method, path) = (request.method().clone(), request.uri().clone());
     match forward_request(ingress, connection, &route, &request_id, request).await {
         Ok(mut response) => {
             response.headers_mut().insert(X_REQUEST_ID, request_id.header());
+            if let Some(ServedBy(container_id)) = response.extensions_mut().remove() {
+                ingress.requests.tell(|left_out| ServedRequest {
+                    app_id: route.app_id,
+                    function_id: route.function_id,
+                    container_id,
+                    method: method.to_string(),
+                    path: respond::echo(path.path()),
+                    status: response.status().as_u16(),
+                    duration: began.elapsed(),
+                    left_out,
+                });
+            }
             response
         }
         Err(failure) => respond::failure(&failure, &request_id, Some(&route)),
@@ -197,7 +212,15 @@ async fn attempt(
         Some(Target::Direct(target)) => direct(exchanging, target, lease, outgoing, deadline).await,
         Some(Target::DataChannel) => channel::open(exchanging, lease, outgoing, deadline).await,
     }
+    .map(|mut response| {
+        response.extensions_mut().insert(ServedBy(container.id));
+        response
+    })
 }
+
+/// Which container answered, for the app's log.
+#[derive(Debug, Clone, Copy)]
+struct ServedBy(ionian_domain::ContainerId);
 
 /// Forwards over a socket of the app.
 async fn direct(

@@ -57,7 +57,10 @@ impl Builder {
     /// Fetches the client for an image ahead of its first container, which otherwise waits for it.
     pub async fn prepare_client(&self, client_version: &str, image: &BuiltImage) -> Result<(), BundleError> {
         let (layers, steps, log) = (self.images.layers(), self.steps.as_ref(), BuildLog::discard());
-        self.bundles.ensure(client_version, image, layers, steps, &log).await.map(|_| ())
+        self.bundles
+            .ensure(client_version, image, layers, steps, &log)
+            .await
+            .map(|_| ())
     }
 }
 
@@ -81,15 +84,31 @@ async fn forward(mut chunks: mpsc::Receiver<BuildLogChunk>, lines: mpsc::Sender<
                 }
             }
             Some(None) => {
-                ready.extend(splitters.iter_mut().filter_map(|(stream, lines)| Some((*stream, lines.finish()?))));
+                ready.extend(
+                    splitters
+                        .iter_mut()
+                        .filter_map(|(stream, lines)| Some((*stream, lines.finish()?))),
+                );
             }
             None => {
-                ready.extend(splitters.iter_mut().filter_map(|(stream, lines)| Some((*stream, lines.take_partial()?))));
+                ready.extend(
+                    splitters
+                        .iter_mut()
+                        .filter_map(|(stream, lines)| Some((*stream, lines.take_partial()?))),
+                );
             }
         }
         for (stream, text) in ready {
             // Without a reader the rest is taken in and dropped, so that the build goes on.
-            drop(lines.send(BuildLine { at: Timestamp::now(), stream, text }).await);
+            drop(
+                lines
+                    .send(BuildLine {
+                        at: Timestamp::now(),
+                        stream,
+                        text,
+                    })
+                    .await,
+            );
         }
         if is_end {
             return;
@@ -118,18 +137,32 @@ mod tests {
         let feed = async {
             let log = log;
             log.line("Step 1/1: RUN pip").await;
-            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b"one\ntw")).await;
-            log.chunk(ionian_image::LogStream::Stderr, Bytes::from_static(b"warning\n")).await;
-            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b"o\n50 %")).await;
+            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b"one\ntw"))
+                .await;
+            log.chunk(ionian_image::LogStream::Stderr, Bytes::from_static(b"warning\n"))
+                .await;
+            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b"o\n50 %"))
+                .await;
             tokio::time::sleep(PARTIAL_LINE_AFTER * 2).await;
-            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b" 100 %")).await;
+            log.chunk(ionian_image::LogStream::Stdout, Bytes::from_static(b" 100 %"))
+                .await;
         };
         tokio::join!(feed, forward(chunks, tx));
         let mut got = Vec::new();
         while let Some(line) = rx.recv().await {
             got.push(format!("{} {}", line.stream.wire(), line.text));
         }
-        assert_eq!(got, ["3 Step 1/1: RUN pip\n", "1 one\n", "2 warning\n", "1 two\n", "1 50 %", "1  100 %"]);
+        assert_eq!(
+            got,
+            [
+                "3 Step 1/1: RUN pip\n",
+                "1 one\n",
+                "2 warning\n",
+                "1 two\n",
+                "1 50 %",
+                "1  100 %"
+            ]
+        );
     }
 
     #[tokio::test]

@@ -80,7 +80,9 @@ enum PrepareError {
     Mount(#[from] MountError),
     #[error("failed to write {path}")]
     Arguments { path: PathBuf, source: io::Error },
-    #[error("the process runtime needs an interpreter of this host that has the client installed; name it as `process_python`")]
+    #[error(
+        "the process runtime needs an interpreter of this host that has the client installed; name it as `process_python`"
+    )]
     NoProcessPython,
     #[error("the preparation crashed; the server's log has details")]
     Crashed,
@@ -117,11 +119,20 @@ pub(crate) async fn live(
         Err(error) => {
             let message = chain(&error);
             tracing::warn!(container = %id, function = %spec.function_name, error = message, "a container did not start");
-            return tell(Sighting::Ended { id, exit: ContainerExit::StartFailed { message } }).await;
+            return tell(Sighting::Ended {
+                id,
+                exit: ContainerExit::StartFailed { message },
+            })
+            .await;
         }
     };
     let address = container.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    tell(Sighting::Started(ContainerStarted { container_id: id, address, timings })).await;
+    tell(Sighting::Started(ContainerStarted {
+        container_id: id,
+        address,
+        timings,
+    }))
+    .await;
     let exit = watch_over(&mut container, &mut orders, &writer, shared.log_limits).await;
     tell(Sighting::Ended { id, exit }).await;
     if let Err(error) = container.dispose().await {
@@ -131,7 +142,9 @@ pub(crate) async fn live(
 }
 
 fn killed() -> ContainerExit {
-    ContainerExit::Signaled { signal: Signal::SIGKILL as i32 }
+    ContainerExit::Signaled {
+        signal: Signal::SIGKILL as i32,
+    }
 }
 
 /// Resolves when at least this has been ordered. Without a giver of orders nobody wants the container.
@@ -176,7 +189,10 @@ async fn prepare(
         }
         RuntimeKind::Process => None,
     };
-    let permit = Arc::clone(&shared.starts).acquire_owned().await.map_err(|_closed| StartError::ShutDown)?;
+    let permit = Arc::clone(&shared.starts)
+        .acquire_owned()
+        .await
+        .map_err(|_closed| StartError::ShutDown)?;
     steps.step("queue");
     let (launch, run_dir) = {
         let (shared, spec) = (Arc::clone(shared), Arc::clone(spec));
@@ -187,12 +203,24 @@ async fn prepare(
         .await?
     };
     steps.step("files");
-    Ok(Preparation { runtime, launch, run_dir, steps: steps.steps, permit })
+    Ok(Preparation {
+        runtime,
+        launch,
+        run_dir,
+        steps: steps.steps,
+        permit,
+    })
 }
 
 /// Not cancelled half-way: a container that is not wanted any more is killed as soon as it runs.
 async fn start(preparation: Preparation) -> Result<(RunningContainer, RunDir, StartTimings), PrepareError> {
-    let Preparation { runtime, launch, run_dir, steps, permit } = preparation;
+    let Preparation {
+        runtime,
+        launch,
+        run_dir,
+        steps,
+        permit,
+    } = preparation;
     let container = runtime.start(launch).await?;
     drop(permit);
     let mut timings = StartTimings { steps };
@@ -207,7 +235,10 @@ async fn ensure_bundle(shared: &Shared, spec: &ContainerSpec, writer: &LogWriter
         // Moved here, so that the log ends with the work.
         let log = log;
         let steps = shared.steps.as_ref();
-        shared.bundles.ensure(&spec.client_version, &spec.image, &shared.layers, steps, &log).await
+        shared
+            .bundles
+            .ensure(&spec.client_version, &spec.image, &shared.layers, steps, &log)
+            .await
     };
     let follow = async {
         while let Some(chunk) = chunks.recv().await {
@@ -246,12 +277,16 @@ fn prepare_isolated(
 
 fn find_python(image: &ImageFiles, search_path: &str) -> Result<String, PrepareError> {
     for name in ["python", "python3"] {
-        let found = image.find_executable(name, search_path).map_err(PrepareError::FindPython)?;
+        let found = image
+            .find_executable(name, search_path)
+            .map_err(PrepareError::FindPython)?;
         if let Some(path) = found {
             return Ok(path.display().to_string());
         }
     }
-    Err(PrepareError::NoPython { search_path: search_path.chars().take(512).collect() })
+    Err(PrepareError::NoPython {
+        search_path: search_path.chars().take(512).collect(),
+    })
 }
 
 fn prepare_process(shared: &Shared, id: ContainerId, spec: &ContainerSpec) -> Result<(Launch, RunDir), PrepareError> {
@@ -260,7 +295,10 @@ fn prepare_process(shared: &Shared, id: ContainerId, spec: &ContainerSpec) -> Re
     let arguments_file = run_dir.write_arguments(&spec.arguments)?;
     let files_dir = run_dir.path.join("files");
     let home = files_dir.join("root");
-    fs::create_dir_all(&home).map_err(|source| PrepareError::Arguments { path: home.clone(), source })?;
+    fs::create_dir_all(&home).map_err(|source| PrepareError::Arguments {
+        path: home.clone(),
+        source,
+    })?;
     shared.mounts.materialize(&spec.files, &files_dir)?;
     let host_path = std::env::var("PATH").unwrap_or_default();
     let prepared = PreparedProcess {
@@ -327,7 +365,10 @@ async fn watch_over(
         }
     };
     if !drained && tokio::time::timeout(DRAIN_TIMEOUT, output).await.is_err() {
-        tracing::warn!(container = container.name, "a container's output was not read to its end in time");
+        tracing::warn!(
+            container = container.name,
+            "a container's output was not read to its end in time"
+        );
     }
     exit
 }
@@ -360,7 +401,10 @@ impl RunDir {
         let path = self.path.join("arguments.bin");
         fs::write(&path, arguments)
             .and_then(|()| fs::set_permissions(&path, fs::Permissions::from_mode(0o444)))
-            .map_err(|source| PrepareError::Arguments { path: path.clone(), source })?;
+            .map_err(|source| PrepareError::Arguments {
+                path: path.clone(),
+                source,
+            })?;
         Ok(path)
     }
 }
@@ -387,7 +431,10 @@ struct Stopwatch {
 
 impl Stopwatch {
     fn start() -> Self {
-        Self { steps: Vec::new(), last: Instant::now() }
+        Self {
+            steps: Vec::new(),
+            last: Instant::now(),
+        }
     }
 
     fn step(&mut self, name: &str) {

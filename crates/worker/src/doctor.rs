@@ -12,18 +12,25 @@ const MIN_FREE_BYTES: u64 = 2 << 30;
 /// Everything the worker needs of this host. Changes nothing that stays.
 pub async fn examine(state_dir: &Path, layers_dir: &Path) -> Vec<Probe> {
     let mut facts = probe(state_dir).await;
-    for (writable, space, dir) in
-        [("state directory", "state disk space", state_dir), ("layers directory", "layers disk space", layers_dir)]
-    {
+    for (writable, space, dir) in [
+        ("state directory", "state disk space", state_dir),
+        ("layers directory", "layers disk space", layers_dir),
+    ] {
         facts.push(fact(
             writable,
             is_writable(dir),
-            &format!("make {} writable for the user who runs the platform, or choose another data directory", dir.display()),
+            &format!(
+                "make {} writable for the user who runs the platform, or choose another data directory",
+                dir.display()
+            ),
         ));
         facts.push(fact(
             space,
             has_space(dir),
-            &format!("free some space on the file system of {}, or choose another data directory", dir.display()),
+            &format!(
+                "free some space on the file system of {}, or choose another data directory",
+                dir.display()
+            ),
         ));
     }
     facts
@@ -31,8 +38,18 @@ pub async fn examine(state_dir: &Path, layers_dir: &Path) -> Vec<Probe> {
 
 fn fact(name: &'static str, result: Result<String, String>, how_to_mend: &str) -> Probe {
     match result {
-        Ok(detail) => Probe { name, ok: true, detail, how_to_mend: String::new() },
-        Err(detail) => Probe { name, ok: false, detail, how_to_mend: how_to_mend.to_owned() },
+        Ok(detail) => Probe {
+            name,
+            ok: true,
+            detail,
+            how_to_mend: String::new(),
+        },
+        Err(detail) => Probe {
+            name,
+            ok: false,
+            detail,
+            how_to_mend: how_to_mend.to_owned(),
+        },
     }
 }
 

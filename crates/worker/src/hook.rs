@@ -83,7 +83,7 @@ mod tests {
         let modules: BTreeSet<String> = fs::read_dir(source)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .filter(|name| name.ends_with(".py"))
+            .filter(|name| Path::new(name).extension().is_some_and(|extension| extension == "py"))
             .collect();
         assert_eq!(modules, FILES.iter().map(|(name, _)| (*name).to_owned()).collect());
     }

@@ -42,10 +42,15 @@ pub(crate) struct DirectoryAttributes {
 #[derive(Debug)]
 pub(crate) enum Place {
     /// The directory, and before it all directories above, from the root on.
-    Directory { trail: Vec<Directory> },
+    Directory {
+        trail: Vec<Directory>,
+    },
     File(Metadata),
     /// The existing directories above, and the names that do not exist below the last of them.
-    Missing { trail: Vec<Directory>, names: Vec<OsString> },
+    Missing {
+        trail: Vec<Directory>,
+        names: Vec<OsString>,
+    },
 }
 
 #[derive(Debug)]
@@ -69,7 +74,9 @@ pub(crate) enum ResolveError {
 impl ImageFiles {
     /// `layers` base first, as everywhere.
     pub(crate) fn new(layers: &[PathBuf]) -> Self {
-        Self { layers: layers.iter().rev().cloned().collect() }
+        Self {
+            layers: layers.iter().rev().cloned().collect(),
+        }
     }
 
     /// An executable in one of the directories of a `PATH`, as its entry names it (a link stays a link, which is
@@ -92,7 +99,10 @@ impl ImageFiles {
 
     pub(crate) fn resolve(&self, path: &Path) -> Result<Place, ResolveError> {
         let mut left: VecDeque<OsString> = components(path).collect();
-        let root = Directory { path: PathBuf::new(), layers: (0..self.layers.len()).collect() };
+        let root = Directory {
+            path: PathBuf::new(),
+            layers: (0..self.layers.len()).collect(),
+        };
         let mut trail = vec![root];
         let mut missing: Vec<OsString> = Vec::new();
         let mut links = 0;
@@ -113,7 +123,10 @@ impl ImageFiles {
                 Entry::File(metadata) if left.is_empty() => return Ok(Place::File(metadata)),
                 Entry::File(_) => {
                     let file = Path::new("/").join(&directory.path).join(name);
-                    return Err(ResolveError::NotADirectory { path: path.to_owned(), file });
+                    return Err(ResolveError::NotADirectory {
+                        path: path.to_owned(),
+                        file,
+                    });
                 }
                 Entry::Link(target) => {
                     links += 1;
@@ -129,7 +142,11 @@ impl ImageFiles {
                 }
             }
         }
-        if missing.is_empty() { Ok(Place::Directory { trail }) } else { Ok(Place::Missing { trail, names: missing }) }
+        if missing.is_empty() {
+            Ok(Place::Directory { trail })
+        } else {
+            Ok(Place::Missing { trail, names: missing })
+        }
     }
 
     /// What a merged directory has under a name.
@@ -139,7 +156,10 @@ impl ImageFiles {
         for &layer in &directory.layers {
             // Every directory on the way is a real one in this layer, so no link is followed here.
             let place = self.layers[layer].join(&path);
-            let failed = |source| ResolveError::Io { path: place.clone(), source };
+            let failed = |source| ResolveError::Io {
+                path: place.clone(),
+                source,
+            };
             let metadata = match place.symlink_metadata() {
                 Ok(metadata) => metadata,
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -161,20 +181,36 @@ impl ImageFiles {
                 return Ok(Entry::File(metadata));
             }
         }
-        if layers.is_empty() { Ok(Entry::Absent) } else { Ok(Entry::Directory(Directory { path, layers })) }
+        if layers.is_empty() {
+            Ok(Entry::Absent)
+        } else {
+            Ok(Entry::Directory(Directory { path, layers }))
+        }
     }
 
     /// What the container sees of the directory itself: the topmost layer decides.
     pub(crate) fn attributes(&self, directory: &Directory) -> Result<DirectoryAttributes, ResolveError> {
-        let Some(&layer) = directory.layers.first() else { return Ok(DirectoryAttributes::PLAIN) };
+        let Some(&layer) = directory.layers.first() else {
+            return Ok(DirectoryAttributes::PLAIN);
+        };
         let path = self.layers[layer].join(&directory.path);
-        let metadata = path.symlink_metadata().map_err(|source| ResolveError::Io { path, source })?;
-        Ok(DirectoryAttributes { mode: metadata.mode() & 0o7777, uid: metadata.uid(), gid: metadata.gid() })
+        let metadata = path
+            .symlink_metadata()
+            .map_err(|source| ResolveError::Io { path, source })?;
+        Ok(DirectoryAttributes {
+            mode: metadata.mode() & 0o7777,
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+        })
     }
 }
 
 impl DirectoryAttributes {
-    pub(crate) const PLAIN: Self = Self { mode: 0o755, uid: 0, gid: 0 };
+    pub(crate) const PLAIN: Self = Self {
+        mode: 0o755,
+        uid: 0,
+        gid: 0,
+    };
 }
 
 fn components(path: &Path) -> impl Iterator<Item = OsString> + '_ {
@@ -244,10 +280,19 @@ mod tests {
     #[test]
     fn links_lead_inside_the_image() {
         let root = tempfile::tempdir().unwrap();
-        let image = image(root.path(), &[
-            &["usr/lib/a", "lib -> usr/lib", "etc/passwd"],
-            &["data -> ../../../../etc", "abs -> /usr/lib", "loop -> loop", "usr/up -> ../etc", "gone -> /no/where"],
-        ]);
+        let image = image(
+            root.path(),
+            &[
+                &["usr/lib/a", "lib -> usr/lib", "etc/passwd"],
+                &[
+                    "data -> ../../../../etc",
+                    "abs -> /usr/lib",
+                    "loop -> loop",
+                    "usr/up -> ../etc",
+                    "gone -> /no/where",
+                ],
+            ],
+        );
         assert_eq!(show(&image, "/lib"), "/usr/lib");
         assert_eq!(show(&image, "/lib/a"), "file");
         assert_eq!(show(&image, "/lib/b/c"), "/usr/lib + b/c");
@@ -267,15 +312,23 @@ mod tests {
             return;
         }
         let root = tempfile::tempdir().unwrap();
-        let image = image(root.path(), &[
-            &["app/old", "kept/old", "file/below", "removed"],
-            &["app/new", "kept/new", "file"],
-        ]);
+        let image = image(
+            root.path(),
+            &[
+                &["app/old", "kept/old", "file/below", "removed"],
+                &["app/new", "kept/new", "file"],
+            ],
+        );
         let upper = root.path().join("1");
         xattr::set(upper.join("app"), OPAQUE_ATTRIBUTE, b"y").unwrap();
         let device = nix::sys::stat::makedev(0, 0);
-        nix::sys::stat::mknod(&upper.join("removed"), nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::empty(), device)
-            .unwrap();
+        nix::sys::stat::mknod(
+            &upper.join("removed"),
+            nix::sys::stat::SFlag::S_IFCHR,
+            nix::sys::stat::Mode::empty(),
+            device,
+        )
+        .unwrap();
         assert_eq!(show(&image, "/app/old"), "/app + old");
         assert_eq!(show(&image, "/app/new"), "file");
         assert_eq!(show(&image, "/kept/old"), "file");
@@ -286,15 +339,33 @@ mod tests {
     #[test]
     fn an_executable_is_found_as_the_path_names_it() {
         let root = tempfile::tempdir().unwrap();
-        let image = image(root.path(), &[
-            &["usr/local/bin/python3.11", "usr/local/bin/python -> python3.11", "usr/bin/", "opt/python -> /nowhere"],
-            &["venv/bin/python -> /usr/local/bin/python"],
-        ]);
+        let image = image(
+            root.path(),
+            &[
+                &[
+                    "usr/local/bin/python3.11",
+                    "usr/local/bin/python -> python3.11",
+                    "usr/bin/",
+                    "opt/python -> /nowhere",
+                ],
+                &["venv/bin/python -> /usr/local/bin/python"],
+            ],
+        );
         let find = |search_path: &str| image.find_executable("python", search_path).unwrap();
-        assert_eq!(find("relative:/opt:/usr/bin:/usr/local/bin"), Some(PathBuf::from("/usr/local/bin/python")));
-        assert_eq!(find("/venv/bin:/usr/local/bin"), Some(PathBuf::from("/venv/bin/python")));
+        assert_eq!(
+            find("relative:/opt:/usr/bin:/usr/local/bin"),
+            Some(PathBuf::from("/usr/local/bin/python"))
+        );
+        assert_eq!(
+            find("/venv/bin:/usr/local/bin"),
+            Some(PathBuf::from("/venv/bin/python"))
+        );
         assert_eq!(find("/usr/bin"), None);
-        fs::set_permissions(root.path().join("0/usr/local/bin/python3.11"), fs::Permissions::from_mode(0o644)).unwrap();
+        fs::set_permissions(
+            root.path().join("0/usr/local/bin/python3.11"),
+            fs::Permissions::from_mode(0o644),
+        )
+        .unwrap();
         assert_eq!(find("/usr/local/bin"), None);
     }
 
@@ -306,7 +377,9 @@ mod tests {
         fs::set_permissions(root.path().join("0/root"), fs::Permissions::from_mode(0o755)).unwrap();
         fs::set_permissions(root.path().join("1/root"), fs::Permissions::from_mode(0o700)).unwrap();
         let mode = |path: &str| {
-            let Ok(Place::Directory { trail }) = image.resolve(Path::new(path)) else { panic!("{path}") };
+            let Ok(Place::Directory { trail }) = image.resolve(Path::new(path)) else {
+                panic!("{path}")
+            };
             image.attributes(trail.last().unwrap()).unwrap().mode
         };
         assert_eq!((mode("/tmp"), mode("/root")), (0o1777, 0o700));

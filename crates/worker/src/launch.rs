@@ -87,11 +87,18 @@ pub(crate) fn isolated(id: ContainerId, spec: &ContainerSpec, prepared: Prepared
     env.set_default("PATH", DEFAULT_PATH);
     env.set_python_path(&[HOME, PKG_TARGET]);
     set_platform(&mut env, spec, ARGUMENTS_TARGET, "0.0.0.0");
-    env.set("IONIAN_CLIENT_DEPS", if spec.mount_client_dependencies { "1" } else { "0" });
+    env.set(
+        "IONIAN_CLIENT_DEPS",
+        if spec.mount_client_dependencies { "1" } else { "0" },
+    );
 
     // An entrypoint is expected to `exec` its arguments; images are told so by the client's documentation.
     let mut argv = config.entrypoint.clone();
-    argv.extend([prepared.python, "-u".to_owned(), format!("{HOOK_TARGET}/{}", hook::LAUNCHER)]);
+    argv.extend([
+        prepared.python,
+        "-u".to_owned(),
+        format!("{HOOK_TARGET}/{}", hook::LAUNCHER),
+    ]);
 
     let bind = |source: &Path, target: &str| Bind {
         source: source.to_owned(),
@@ -113,7 +120,11 @@ pub(crate) fn isolated(id: ContainerId, spec: &ContainerSpec, prepared: Prepared
 
     let mut launch = Launch::new(id.to_string(), Rootfs::scratch(prepared.lower_dirs), argv);
     launch.env = env.0;
-    launch.workdir = config.workdir.clone().filter(|path| path.starts_with('/')).unwrap_or_else(|| HOME.to_owned());
+    launch.workdir = config
+        .workdir
+        .clone()
+        .filter(|path| path.starts_with('/'))
+        .unwrap_or_else(|| HOME.to_owned());
     launch.user = config.user.clone().filter(|user| !user.is_empty());
     launch.binds = binds;
     launch.limits = limits(spec, prepared.limits);
@@ -139,13 +150,23 @@ pub(crate) fn process(id: ContainerId, spec: &ContainerSpec, prepared: &Prepared
     let home = prepared.files_dir.join(HOME.trim_start_matches('/'));
     let home = home.display().to_string();
     let mut env = Environment::default();
-    env.extend(spec.image_config().env.iter().filter(|(name, _)| !PLACES_IN_IMAGE.contains(&name.as_str())));
+    env.extend(
+        spec.image_config()
+            .env
+            .iter()
+            .filter(|(name, _)| !PLACES_IN_IMAGE.contains(&name.as_str())),
+    );
     env.extend(prepared.trust_env);
     env.extend(&spec.secret_env);
     env.set_default("PATH", prepared.host_path);
     env.set_default("HOME", &home);
     env.set_python_path(&[&home]);
-    set_platform(&mut env, spec, &prepared.arguments_file.display().to_string(), "127.0.0.1");
+    set_platform(
+        &mut env,
+        spec,
+        &prepared.arguments_file.display().to_string(),
+        "127.0.0.1",
+    );
     env.set("IONIAN_CLIENT_DEPS", "0");
     let launcher = prepared.hook_dir.join(hook::LAUNCHER).display().to_string();
     let argv = vec![prepared.python.display().to_string(), "-u".to_owned(), launcher];
@@ -188,7 +209,10 @@ impl Environment {
     }
 
     fn get(&self, name: &str) -> Option<&str> {
-        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
+        self.0
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
     }
 
     fn extend<'a, Pair: PairOfText<'a>>(&mut self, pairs: impl IntoIterator<Item = Pair>) {
@@ -244,8 +268,15 @@ pub(crate) mod tests {
 
     /// A plain function of an image with nothing special.
     pub(crate) fn spec() -> ContainerSpec {
-        let config = ImageConfig { env: vec![pair("PATH", "/usr/local/bin:/usr/bin")], ..ImageConfig::default() };
-        let image = BuiltImage { layers: vec!["base".to_owned()], config, metadata: ImageMetadata::default() };
+        let config = ImageConfig {
+            env: vec![pair("PATH", "/usr/local/bin:/usr/bin")],
+            ..ImageConfig::default()
+        };
+        let image = BuiltImage {
+            layers: vec!["base".to_owned()],
+            config,
+            metadata: ImageMetadata::default(),
+        };
         ContainerSpec {
             app_id: AppId::generate(),
             function_id: FunctionId::generate(),
@@ -266,9 +297,15 @@ pub(crate) mod tests {
     }
 
     fn check(spec: &ContainerSpec, expected: &Expect) {
-        let bundle =
-            ClientBundle { pkg_dir: "/b/pkg".into(), deps_dir: "/b/deps".into(), extra_dir: "/b/extra".into() };
-        let trust = HostTrust { ca_bundle: Some("/host.crt".into()), env: vec![pair("PIP_INDEX_URL", "https://index")] };
+        let bundle = ClientBundle {
+            pkg_dir: "/b/pkg".into(),
+            deps_dir: "/b/deps".into(),
+            extra_dir: "/b/extra".into(),
+        };
+        let trust = HostTrust {
+            ca_bundle: Some("/host.crt".into()),
+            env: vec![pair("PIP_INDEX_URL", "https://index")],
+        };
         let prepared = Prepared {
             lower_dirs: vec!["/layers/base".into(), "/mounts/m".into()],
             python: "/usr/local/bin/python".to_owned(),
@@ -276,15 +313,24 @@ pub(crate) mod tests {
             hook_dir: Path::new("/state/hook"),
             arguments_file: Path::new("/state/run/arguments.bin"),
             trust: &trust,
-            limits: DefaultLimits { memory_bytes: Some(8 << 30), pids: 4096 },
+            limits: DefaultLimits {
+                memory_bytes: Some(8 << 30),
+                pids: 4096,
+            },
         };
         expected.assert_eq(&show(&isolated(ContainerId::generate(), spec, prepared)));
     }
 
     fn show(launch: &Launch) -> String {
         let mut text = String::new();
-        writeln!(text, "{} in {} as {}", launch.argv.join(" "), launch.workdir, launch.user.as_deref().unwrap_or("root"))
-            .unwrap();
+        writeln!(
+            text,
+            "{} in {} as {}",
+            launch.argv.join(" "),
+            launch.workdir,
+            launch.user.as_deref().unwrap_or("root")
+        )
+        .unwrap();
         for (name, value) in &launch.env {
             writeln!(text, "  {name}={value}").unwrap();
         }
@@ -298,7 +344,9 @@ pub(crate) mod tests {
 
     #[test]
     fn a_plain_function() {
-        check(&spec(), &expect![[r#"
+        check(
+            &spec(),
+            &expect![[r"
             /usr/local/bin/python -u /__ionian/hook/ionian_container/launcher.py in /root as root
               PATH=/usr/local/bin:/usr/bin
               PIP_INDEX_URL=https://index
@@ -325,7 +373,8 @@ pub(crate) mod tests {
             /state/run/arguments.bin -> /__ionian/run/arguments.bin ro
             /host.crt -> /__ionian/ca-certificates.crt ro
             Limits { memory_bytes: Some(8589934592), cpu_millis: None, pids: Some(4096) } Bridge
-        "#]]);
+        "]],
+        );
     }
 
     #[test]
@@ -355,7 +404,9 @@ pub(crate) mod tests {
         spec.resources.memory_limit_mib = Some(256);
         spec.resources.cpu_millis = Some(2000);
         spec.resources.cpu_limit_millis = Some(500);
-        check(&spec, &expect![[r#"
+        check(
+            &spec,
+            &expect![[r"
             /entry.sh -- /usr/local/bin/python -u /__ionian/hook/ionian_container/launcher.py in /srv as app
               PATH=/usr/local/bin:/usr/bin
               PYTHONPATH=/root:/pkg:/srv/lib
@@ -383,7 +434,8 @@ pub(crate) mod tests {
             /state/run/arguments.bin -> /__ionian/run/arguments.bin ro
             /host.crt -> /__ionian/ca-certificates.crt ro
             Limits { memory_bytes: Some(268435456), cpu_millis: Some(500), pids: Some(4096) } Bridge
-        "#]]);
+        "]],
+        );
     }
 
     #[test]
@@ -399,7 +451,7 @@ pub(crate) mod tests {
             trust_env: &[],
             host_path: "/usr/bin",
         };
-        expect![[r#"
+        expect![[r"
             /venv/bin/python -u /state/hook/ionian_container/launcher.py in /state/run/files/root as root
               LANG=C.UTF-8
               KEY=value
@@ -414,18 +466,25 @@ pub(crate) mod tests {
               IONIAN_WEB_HOOK=1
               IONIAN_CLIENT_DEPS=0
             Limits { memory_bytes: None, cpu_millis: None, pids: None } Host
-        "#]].assert_eq(&show(&process(ContainerId::generate(), &spec, &prepared)));
+        "]]
+        .assert_eq(&show(&process(ContainerId::generate(), &spec, &prepared)));
     }
 
     #[test]
     fn no_container_gets_more_memory_than_the_host_can_lose() {
         let mut spec = spec();
-        let defaults = DefaultLimits { memory_bytes: Some(1 << 30), pids: 10 };
+        let defaults = DefaultLimits {
+            memory_bytes: Some(1 << 30),
+            pids: 10,
+        };
         spec.resources.memory_limit_mib = Some(4096);
         assert_eq!(limits(&spec, defaults).memory_bytes, Some(1 << 30));
         spec.resources.memory_limit_mib = Some(64);
         assert_eq!(limits(&spec, defaults).memory_bytes, Some(64 << 20));
-        let unlimited = DefaultLimits { memory_bytes: None, pids: 10 };
+        let unlimited = DefaultLimits {
+            memory_bytes: None,
+            pids: 10,
+        };
         spec.resources.memory_limit_mib = None;
         assert_eq!(limits(&spec, unlimited).memory_bytes, None);
     }

@@ -15,7 +15,10 @@ impl LineSplitter {
     pub(crate) fn push(&mut self, mut bytes: &[u8], mut piece: impl FnMut(String)) {
         while !bytes.is_empty() {
             let room = &bytes[..bytes.len().min(MAX_PIECE_BYTES - self.pending.len())];
-            let taken = room.iter().position(|byte| *byte == b'\n').map_or(room.len(), |at| at + 1);
+            let taken = room
+                .iter()
+                .position(|byte| *byte == b'\n')
+                .map_or(room.len(), |at| at + 1);
             self.pending.extend_from_slice(&room[..taken]);
             bytes = &bytes[taken..];
             if self.pending.ends_with(b"\n") {
@@ -98,7 +101,11 @@ mod tests {
         // An odd start, so that the limit falls into the middle of a character.
         let bytes = [b"x", line.as_bytes()].concat();
         let pieces = split(&[&bytes]);
-        assert!(pieces.iter().all(|piece| piece.len() <= MAX_PIECE_BYTES && !piece.contains('\u{FFFD}')));
+        assert!(
+            pieces
+                .iter()
+                .all(|piece| piece.len() <= MAX_PIECE_BYTES && !piece.contains('\u{FFFD}'))
+        );
         assert_eq!(pieces.concat(), format!("x{line}"));
     }
 

@@ -41,7 +41,10 @@ pub struct LogLimits {
 impl Default for LogLimits {
     /// Far above what anybody reads, and far below what a disk takes from a hundred containers.
     fn default() -> Self {
-        Self { bytes_per_second: 2 * 1024 * 1024, burst_bytes: 8 * 1024 * 1024 }
+        Self {
+            bytes_per_second: 2 * 1024 * 1024,
+            burst_bytes: 8 * 1024 * 1024,
+        }
     }
 }
 
@@ -97,7 +100,9 @@ pub(crate) async fn pump(writer: &LogWriter, limits: LogLimits, stdout: OutputSt
             let mut progress = false;
             for tap in &mut taps {
                 let granted = bucket.available(Instant::now()).min(READ_BYTES as u64) as usize;
-                let read = tap.read(&mut buffer[..granted], |stream, text| batch.push(writer.entry(stream, text)));
+                let read = tap.read(&mut buffer[..granted], |stream, text| {
+                    batch.push(writer.entry(stream, text));
+                });
                 bucket.take(read as u64);
                 bytes += read;
                 progress |= read > 0;
@@ -133,7 +138,12 @@ struct Tap {
 
 impl Tap {
     fn new(stream: LogStream, pipe: OutputStream) -> Self {
-        Self { stream, pipe: Some(pipe), lines: LineSplitter::default(), partial_since: None }
+        Self {
+            stream,
+            pipe: Some(pipe),
+            lines: LineSplitter::default(),
+            partial_since: None,
+        }
     }
 
     fn is_closed(&self) -> bool {
@@ -150,7 +160,9 @@ impl Tap {
 
     /// Reads what is there; an empty buffer reads nothing.
     fn read(&mut self, buffer: &mut [u8], mut piece: impl FnMut(LogStream, String)) -> usize {
-        let (Some(pipe), false) = (&self.pipe, buffer.is_empty()) else { return 0 };
+        let (Some(pipe), false) = (&self.pipe, buffer.is_empty()) else {
+            return 0;
+        };
         match pipe.try_read(buffer) {
             Ok(0) => {
                 self.pipe = None;
@@ -202,7 +214,11 @@ struct TokenBucket {
 
 impl TokenBucket {
     fn new(limits: LogLimits, now: Instant) -> Self {
-        Self { limits, tokens: limits.burst_bytes as f64, filled_at: now }
+        Self {
+            limits,
+            tokens: limits.burst_bytes as f64,
+            filled_at: now,
+        }
     }
 
     fn available(&mut self, now: Instant) -> u64 {
@@ -239,7 +255,8 @@ mod tests {
     type Written = Arc<Mutex<Vec<(LogStream, String)>>>;
 
     fn pipe() -> (OutputStream, OwnedFd) {
-        let (reader, writer) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK).unwrap();
+        let (reader, writer) =
+            nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC | nix::fcntl::OFlag::O_NONBLOCK).unwrap();
         (OutputStream::from_owned_fd(reader).unwrap(), writer)
     }
 
@@ -265,7 +282,8 @@ mod tests {
             let (gate, kept) = (Arc::clone(&gate), Arc::clone(&kept));
             Box::pin(async move {
                 gate.acquire().await.unwrap().forget();
-                kept.lock().extend(entries.into_iter().map(|entry| (entry.stream, entry.text)));
+                kept.lock()
+                    .extend(entries.into_iter().map(|entry| (entry.stream, entry.text)));
             })
         });
         (sink, written)
@@ -289,8 +307,12 @@ mod tests {
         pump(&writer(sink), LogLimits::default(), out, err).await;
         let mut got = written.lock().clone();
         got.sort_by_key(|(stream, _)| stream.wire());
-        let expected =
-            [(LogStream::Stdout, "one\n"), (LogStream::Stdout, "two\n"), (LogStream::Stdout, "rest"), (LogStream::Stderr, "oops\n")];
+        let expected = [
+            (LogStream::Stdout, "one\n"),
+            (LogStream::Stdout, "two\n"),
+            (LogStream::Stdout, "rest"),
+            (LogStream::Stderr, "oops\n"),
+        ];
         assert_eq!(got, expected.map(|(stream, text)| (stream, text.to_owned())));
     }
 
@@ -302,7 +324,11 @@ mod tests {
         let writer = writer(sink);
         let pumping = pump(&writer, LogLimits::default(), out, err);
         tokio::pin!(pumping);
-        assert!(tokio::time::timeout(PARTIAL_LINE_AFTER * 2, &mut pumping).await.is_err());
+        assert!(
+            tokio::time::timeout(PARTIAL_LINE_AFTER * 2, &mut pumping)
+                .await
+                .is_err()
+        );
         assert_eq!(*written.lock(), [(LogStream::Stdout, "50 %".to_owned())]);
         drop((out_end, err_end));
         pumping.await;
@@ -319,9 +345,17 @@ mod tests {
         let pumping = pump(&writer, LogLimits::default(), out, err);
         tokio::pin!(pumping);
         // It reads one batch and waits with it; the pipe then takes as much again, and no more ever.
-        assert!(tokio::time::timeout(Duration::from_millis(50), &mut pumping).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), &mut pumping)
+                .await
+                .is_err()
+        );
         total += fill(&out_end);
-        assert!(tokio::time::timeout(Duration::from_millis(50), &mut pumping).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(50), &mut pumping)
+                .await
+                .is_err()
+        );
         assert_eq!(fill(&out_end), 0);
         assert!(written.lock().is_empty());
         gate.add_permits(1_000_000);
@@ -335,7 +369,10 @@ mod tests {
         let (sink, written) = gated(open_gate());
         let ((out, out_end), (err, err_end)) = (pipe(), pipe());
         drop(err_end);
-        let limits = LogLimits { bytes_per_second: 10_000, burst_bytes: 20_000 };
+        let limits = LogLimits {
+            bytes_per_second: 10_000,
+            burst_bytes: 20_000,
+        };
         let total = fill(&out_end);
         assert!(total >= 60_000);
         drop(out_end);
@@ -343,7 +380,10 @@ mod tests {
         pump(&writer(sink), limits, out, err).await;
         let expected = (total as f64 - 20_000.0) / 10_000.0;
         let took = started.elapsed().as_secs_f64();
-        assert!(took >= expected && took < expected * 1.2 + 2.0, "{took} s for {total} bytes, {expected} s expected");
+        assert!(
+            took >= expected && took < expected * 1.2 + 2.0,
+            "{took} s for {total} bytes, {expected} s expected"
+        );
         assert_eq!(written.lock().iter().map(|(_, text)| text.len()).sum::<usize>(), total);
     }
 }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::image_files::{DirectoryAttributes, Entry, ImageFiles, Place, ResolveError};
 
 /// A layer that no container used for this long is removed at the next start of the worker.
-const UNUSED_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+const UNUSED_AFTER: Duration = Duration::from_hours(7 * 24);
 /// For files whose mode the client did not send.
 const DEFAULT_MODE: u32 = 0o644;
 /// The kernel's limits on a path and on one name in it.
@@ -54,9 +54,17 @@ pub(crate) enum MountError {
     #[error(transparent)]
     Image(#[from] ResolveError),
     #[error("the content {sha256_hex} of {path} is not in the store; deploy the app again")]
-    Content { path: PathBuf, sha256_hex: String, source: io::Error },
+    Content {
+        path: PathBuf,
+        sha256_hex: String,
+        source: io::Error,
+    },
     #[error("failed to {action} {path}")]
-    Io { action: &'static str, path: PathBuf, source: io::Error },
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
 }
 
 /// What is to be made.
@@ -84,7 +92,12 @@ impl MountLayers {
             }
         }
         fs::write(&boot_id_path, boot_id).map_err(failed("write", &boot_id_path))?;
-        Ok(Self { dir, content, gates: Mutex::default(), drafts: AtomicU64::new(0) })
+        Ok(Self {
+            dir,
+            content,
+            gates: Mutex::default(),
+            drafts: AtomicU64::new(0),
+        })
     }
 
     /// The layer with these files for an image with these layers (keys, and directories base first).
@@ -165,21 +178,28 @@ impl Tree {
             if let (Some(image), Some(directory)) = (image, &place.existing)
                 && let Entry::Directory(_) = image.entry(directory, name)?
             {
-                return Err(MountError::OverDirectory { path: Path::new("/").join(path) });
+                return Err(MountError::OverDirectory {
+                    path: Path::new("/").join(path),
+                });
             }
             let mode = file.mode.map_or(DEFAULT_MODE, |mode| mode & 0o7777);
             // Of several files at one path the last one counts, as if they were copied one after another.
             tree.files.insert(path, (file.sha256_hex.clone(), mode));
         }
         if let Some(path) = tree.files.keys().find(|path| tree.directories.contains_key(*path)) {
-            return Err(MountError::Conflict { path: Path::new("/").join(path) });
+            return Err(MountError::Conflict {
+                path: Path::new("/").join(path),
+            });
         }
         Ok(tree)
     }
 
     fn add_parent(&mut self, parent: &Path, image: Option<&ImageFiles>) -> Result<Parent, MountError> {
         let (trail, names) = match image.map(|image| image.resolve(parent)).transpose()? {
-            None => (Vec::new(), parent.iter().filter(|name| *name != "/").map(OsStr::to_owned).collect()),
+            None => (
+                Vec::new(),
+                parent.iter().filter(|name| *name != "/").map(OsStr::to_owned).collect(),
+            ),
             Some(Place::Directory { trail }) => (trail, Vec::new()),
             Some(Place::Missing { trail, names }) => (trail, names),
             Some(Place::File(_)) => {
@@ -191,7 +211,8 @@ impl Tree {
         let mut existing = None;
         if let Some(image) = image {
             for directory in trail {
-                self.directories.insert(directory.path.clone(), image.attributes(&directory)?);
+                self.directories
+                    .insert(directory.path.clone(), image.attributes(&directory)?);
                 path.clone_from(&directory.path);
                 existing = Some(directory);
             }
@@ -262,7 +283,10 @@ fn set_attributes(path: &Path, attributes: DirectoryAttributes) -> io::Result<()
 
 /// Parent and name of an absolute path without tricks.
 fn split(path: &str) -> Result<(&Path, &OsStr), MountError> {
-    let invalid = |reason| MountError::Path { path: path.chars().take(256).collect(), reason };
+    let invalid = |reason| MountError::Path {
+        path: path.chars().take(256).collect(),
+        reason,
+    };
     if !path.starts_with('/') {
         return Err(invalid("it is not absolute"));
     }
@@ -303,9 +327,13 @@ fn key_of(image_keys: &[String], files: &[MountFile]) -> String {
 }
 
 fn was_used_lately(path: &Path) -> bool {
-    let is_draft = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(DRAFT_PREFIX.as_bytes()));
+    let is_draft = path
+        .file_name()
+        .is_some_and(|name| name.as_encoded_bytes().starts_with(DRAFT_PREFIX.as_bytes()));
     // A time in the future (the clock was set back) counts as lately.
-    let age = fs::metadata(path).and_then(|metadata| metadata.modified()).map(|used| used.elapsed().unwrap_or_default());
+    let age = fs::metadata(path)
+        .and_then(|metadata| metadata.modified())
+        .map(|used| used.elapsed().unwrap_or_default());
     !is_draft && age.is_ok_and(|age| age < UNUSED_AFTER)
 }
 
@@ -318,7 +346,11 @@ fn mark_used(path: &Path) -> Result<(), MountError> {
 }
 
 fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> MountError + 'a {
-    move |source| MountError::Io { action, path: path.to_owned(), source }
+    move |source| MountError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
 }
 
 #[cfg(test)]
@@ -332,14 +364,22 @@ mod tests {
     }
 
     fn file(path: &str, content: &str, mode: Option<u32>) -> MountFile {
-        MountFile { path: path.to_owned(), sha256_hex: content.to_owned(), mode }
+        MountFile {
+            path: path.to_owned(),
+            sha256_hex: content.to_owned(),
+            mode,
+        }
     }
 
     impl World {
         fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
             let store = root.path().join("store");
-            for path in [&store, &root.path().join("image/usr/lib"), &root.path().join("image/tmp")] {
+            for path in [
+                &store,
+                &root.path().join("image/usr/lib"),
+                &root.path().join("image/tmp"),
+            ] {
                 fs::create_dir_all(path).unwrap();
             }
             fs::set_permissions(root.path().join("image/tmp"), fs::Permissions::from_mode(0o1777)).unwrap();
@@ -356,13 +396,18 @@ mod tests {
             let store = root.join("store");
             let content: ContextFiles = Arc::new(move |sha256_hex| {
                 let path = store.join(sha256_hex);
-                if path.is_file() { Ok(path) } else { Err(io::Error::from(io::ErrorKind::NotFound)) }
+                if path.is_file() {
+                    Ok(path)
+                } else {
+                    Err(io::Error::from(io::ErrorKind::NotFound))
+                }
             });
             MountLayers::open(root.join("mounts"), content).unwrap()
         }
 
         fn ensure(&self, files: &[MountFile]) -> Result<Option<PathBuf>, MountError> {
-            self.layers.ensure(&["image".to_owned()], &[self.root.path().join("image")], files)
+            self.layers
+                .ensure(&["image".to_owned()], &[self.root.path().join("image")], files)
         }
 
         fn committed(&self) -> usize {
@@ -377,24 +422,38 @@ mod tests {
     #[test]
     fn files_have_their_modes_and_directories_those_of_the_image() {
         let world = World::new();
-        let files =
-            [file("/root/pkg/a.py", "a", None), file("/tmp/run", "b", Some(0o755)), file("/lib/b.so", "b", Some(0o644))];
+        let files = [
+            file("/root/pkg/a.py", "a", None),
+            file("/tmp/run", "b", Some(0o755)),
+            file("/lib/b.so", "b", Some(0o644)),
+        ];
         let layer = world.ensure(&files).unwrap().unwrap();
         assert_eq!(fs::read_to_string(layer.join("root/pkg/a.py")).unwrap(), "a");
-        assert_eq!((mode(&layer.join("root/pkg/a.py")), mode(&layer.join("root/pkg"))), (0o644, 0o755));
-        assert_eq!((mode(&layer.join("tmp/run")), mode(&layer.join("tmp"))), (0o755, 0o1777));
+        assert_eq!(
+            (mode(&layer.join("root/pkg/a.py")), mode(&layer.join("root/pkg"))),
+            (0o644, 0o755)
+        );
+        assert_eq!(
+            (mode(&layer.join("tmp/run")), mode(&layer.join("tmp"))),
+            (0o755, 0o1777)
+        );
         // The image's link is followed, not replaced by a directory.
         assert!(layer.join("usr/lib/b.so").is_file() && !layer.join("lib").exists());
         // Linked where it can be, and the store's own file keeps its mode.
         let store = world.root.path().join("store");
-        assert_eq!(fs::metadata(store.join("a")).unwrap().ino(), fs::metadata(layer.join("root/pkg/a.py")).unwrap().ino());
+        assert_eq!(
+            fs::metadata(store.join("a")).unwrap().ino(),
+            fs::metadata(layer.join("root/pkg/a.py")).unwrap().ino()
+        );
         assert_eq!(mode(&store.join("b")), 0o644);
     }
 
     #[test]
     fn a_set_of_files_is_built_once_also_at_the_same_time() {
         let world = World::new();
-        let files: Vec<_> = (0..50).map(|index| file(&format!("/root/{index}.py"), "a", Some(0o600))).collect();
+        let files: Vec<_> = (0..50)
+            .map(|index| file(&format!("/root/{index}.py"), "a", Some(0o600)))
+            .collect();
         let layers: Vec<_> = std::thread::scope(|scope| {
             let builders: Vec<_> = (0..8).map(|_| scope.spawn(|| world.ensure(&files).unwrap())).collect();
             builders.into_iter().map(|builder| builder.join().unwrap()).collect()
@@ -409,7 +468,10 @@ mod tests {
     #[test]
     fn the_last_of_several_files_counts() {
         let world = World::new();
-        let layer = world.ensure(&[file("/x", "a", None), file("/x", "b", None)]).unwrap().unwrap();
+        let layer = world
+            .ensure(&[file("/x", "a", None), file("/x", "b", None)])
+            .unwrap()
+            .unwrap();
         assert_eq!(fs::read_to_string(layer.join("x")).unwrap(), "b");
     }
 
@@ -418,7 +480,10 @@ mod tests {
         let world = World::new();
         let fails = |files: &[MountFile]| world.ensure(files).unwrap_err().to_string();
         for path in ["relative", "/up/../x", "/", "/dir/", "/nul\0"] {
-            assert!(fails(&[file(path, "a", None)]).contains("cannot be the path"), "{path:?}");
+            assert!(
+                fails(&[file(path, "a", None)]).contains("cannot be the path"),
+                "{path:?}"
+            );
         }
         assert!(fails(&[file(&format!("/{}", "x".repeat(300)), "a", None)]).contains("too long"));
         assert!(fails(&[file("/a/b", "a", None), file("/a", "a", None)]).contains("/a would be both"));
@@ -434,8 +499,11 @@ mod tests {
         let new = world.ensure(&[file("/new", "a", None)]).unwrap().unwrap();
         let mounts = world.root.path().join("mounts");
         fs::create_dir_all(mounts.join(".draft-7/fs")).unwrap();
-        let long_ago = FileTimes::new().set_modified(SystemTime::now() - UNUSED_AFTER - Duration::from_secs(60));
-        fs::File::open(old.parent().unwrap()).unwrap().set_times(long_ago).unwrap();
+        let long_ago = FileTimes::new().set_modified(SystemTime::now() - UNUSED_AFTER - Duration::from_mins(1));
+        fs::File::open(old.parent().unwrap())
+            .unwrap()
+            .set_times(long_ago)
+            .unwrap();
         World::open(world.root.path());
         assert!(new.exists() && !old.exists() && !mounts.join(".draft-7").exists());
         fs::write(mounts.join(BOOT_ID_FILE), "another boot").unwrap();
@@ -447,7 +515,10 @@ mod tests {
     fn without_an_image_paths_are_taken_as_they_are() {
         let world = World::new();
         let root = world.root.path().join("plain");
-        world.layers.materialize(&[file("/root/app.py", "a", None), file("/lib/x", "b", None)], &root).unwrap();
+        world
+            .layers
+            .materialize(&[file("/root/app.py", "a", None), file("/lib/x", "b", None)], &root)
+            .unwrap();
         assert_eq!(fs::read_to_string(root.join("root/app.py")).unwrap(), "a");
         assert!(root.join("lib/x").is_file());
     }

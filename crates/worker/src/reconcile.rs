@@ -14,11 +14,18 @@ use tokio::time::Instant;
 
 #[derive(Debug)]
 pub(crate) enum Action {
-    Start { id: ContainerId, spec: Arc<ContainerSpec> },
+    Start {
+        id: ContainerId,
+        spec: Arc<ContainerSpec>,
+    },
     /// SIGINT to the first process; a container that is still being prepared is given up.
-    Interrupt { id: ContainerId },
+    Interrupt {
+        id: ContainerId,
+    },
     /// SIGKILL to every process.
-    Kill { id: ContainerId },
+    Kill {
+        id: ContainerId,
+    },
     Report(WorkerReport),
 }
 
@@ -62,7 +69,10 @@ impl Reconciler {
             let Some(entry) = self.containers.get_mut(&id) else {
                 let phase = match desired.state {
                     DesiredState::Running => {
-                        actions.push(Action::Start { id, spec: Arc::clone(&desired.spec) });
+                        actions.push(Action::Start {
+                            id,
+                            spec: Arc::clone(&desired.spec),
+                        });
                         Phase::Live(Ending::NotAsked)
                     }
                     // It was stopped by an earlier process of this worker, or was never started.
@@ -185,7 +195,9 @@ mod tests {
     }
 
     fn id(name: char) -> ContainerId {
-        format!("{}-{}", ContainerId::PREFIX, name.to_string().repeat(22)).parse().unwrap()
+        format!("{}-{}", ContainerId::PREFIX, name.to_string().repeat(22))
+            .parse()
+            .unwrap()
     }
 
     fn name(id: ContainerId) -> char {
@@ -199,7 +211,9 @@ mod tests {
                 Action::Start { id, .. } => format!("start {}", name(id)),
                 Action::Interrupt { id } => format!("interrupt {}", name(id)),
                 Action::Kill { id } => format!("kill {}", name(id)),
-                Action::Report(WorkerReport::Started(started)) => format!("report {} started", name(started.container_id)),
+                Action::Report(WorkerReport::Started(started)) => {
+                    format!("report {} started", name(started.container_id))
+                }
                 Action::Report(WorkerReport::Exited { container_id, exit }) => {
                     format!("report {} {exit:?}", name(container_id))
                 }
@@ -210,7 +224,11 @@ mod tests {
 
     impl World {
         fn new() -> Self {
-            Self { reconciler: Reconciler::default(), spec: Arc::new(spec()), start: Instant::now() }
+            Self {
+                reconciler: Reconciler::default(),
+                spec: Arc::new(spec()),
+                start: Instant::now(),
+            }
         }
 
         fn at(&self, seconds: u64) -> Instant {
@@ -229,16 +247,27 @@ mod tests {
                             reason: StopReason::ScaleDown,
                         },
                     };
-                    DesiredContainer { id: id(word.chars().next().unwrap()), spec: Arc::clone(&self.spec), state }
+                    DesiredContainer {
+                        id: id(word.chars().next().unwrap()),
+                        spec: Arc::clone(&self.spec),
+                        state,
+                    }
                 })
                 .collect();
-            let set = DesiredSet { generation: Generation(generation), containers };
+            let set = DesiredSet {
+                generation: Generation(generation),
+                containers,
+            };
             show(self.reconciler.observe_desired(&set, self.at(seconds)))
         }
 
         fn started(&mut self, name: char) -> String {
             let address = std::net::IpAddr::from([127, 0, 0, 1]);
-            let started = ContainerStarted { container_id: id(name), address, timings: StartTimings::default() };
+            let started = ContainerStarted {
+                container_id: id(name),
+                address,
+                timings: StartTimings::default(),
+            };
             show(self.reconciler.observe_started(started))
         }
 

@@ -43,7 +43,11 @@ impl StepLimits {
     /// Three quarters of the host's memory, so that a build that needs too much ends before the platform does.
     pub fn for_host() -> Self {
         let memory_bytes = crate::worker::host_memory_bytes().map(|bytes| bytes / 4 * 3);
-        Self { memory_bytes, cpu_millis: None, pids: Self::DEFAULT_PIDS }
+        Self {
+            memory_bytes,
+            cpu_millis: None,
+            pids: Self::DEFAULT_PIDS,
+        }
     }
 }
 
@@ -75,7 +79,11 @@ impl ContainerSteps {
     /// `state_dir` belongs to this alone. What an earlier run left mounted in it is unmounted.
     pub fn open(runtime: Arc<dyn Runtime>, state_dir: &Path, limits: StepLimits) -> Result<Self, OpenStepsError> {
         fn failed<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> OpenStepsError + 'a {
-            move |source| OpenStepsError { action, path: path.to_owned(), source }
+            move |source| OpenStepsError {
+                action,
+                path: path.to_owned(),
+                source,
+            }
         }
         let (roots, empty) = (state_dir.join("roots"), state_dir.join("empty"));
         for path in [&roots, &empty] {
@@ -87,7 +95,13 @@ impl ContainerSteps {
             // Not recursively: if it is still mounted, these are the files of an image.
             fs::remove_dir(&path).map_err(failed("remove the mount point", &path))?;
         }
-        let inner = Inner { runtime, roots, empty, limits, numbers: AtomicU64::new(0) };
+        let inner = Inner {
+            runtime,
+            roots,
+            empty,
+            limits,
+            numbers: AtomicU64::new(0),
+        };
         Ok(Self { inner: Arc::new(inner) })
     }
 
@@ -96,12 +110,22 @@ impl ContainerSteps {
     }
 
     fn lower_dirs(&self, lower_dirs: &[PathBuf]) -> Vec<PathBuf> {
-        if lower_dirs.is_empty() { vec![self.inner.empty.clone()] } else { lower_dirs.to_vec() }
+        if lower_dirs.is_empty() {
+            vec![self.inner.empty.clone()]
+        } else {
+            lower_dirs.to_vec()
+        }
     }
 
     fn launch(&self, step: &StepExecution) -> Launch {
-        let upper = Upper::Keep { upper_dir: step.upper_dir.clone(), work_dir: step.work_dir.clone() };
-        let rootfs = Rootfs { lower_dirs: self.lower_dirs(&step.lower_dirs), upper };
+        let upper = Upper::Keep {
+            upper_dir: step.upper_dir.clone(),
+            work_dir: step.work_dir.clone(),
+        };
+        let rootfs = Rootfs {
+            lower_dirs: self.lower_dirs(&step.lower_dirs),
+            upper,
+        };
         let mut launch = Launch::new(format!("build-{}", self.next_number()), rootfs, step.argv.clone());
         launch.env.clone_from(&step.env);
         launch.workdir.clone_from(&step.workdir);
@@ -115,9 +139,21 @@ impl ContainerSteps {
                 read_only: bind.read_only,
             })
             .collect();
-        let StepLimits { memory_bytes, cpu_millis, pids } = self.inner.limits;
-        launch.limits = Limits { memory_bytes, cpu_millis, pids: Some(pids) };
-        launch.network = if step.has_network { NetworkMode::Bridge } else { NetworkMode::None };
+        let StepLimits {
+            memory_bytes,
+            cpu_millis,
+            pids,
+        } = self.inner.limits;
+        launch.limits = Limits {
+            memory_bytes,
+            cpu_millis,
+            pids: Some(pids),
+        };
+        launch.network = if step.has_network {
+            NetworkMode::Bridge
+        } else {
+            NetworkMode::None
+        };
         launch
     }
 }
@@ -136,14 +172,22 @@ impl StepRunner for ContainerSteps {
             Ok(container) => container,
             // These are about the image and the command in it, not about this host.
             Err(error @ (StartError::Refused { .. } | StartError::User { .. } | StartError::InvalidLaunch { .. })) => {
-                let code = if matches!(error, StartError::Refused { .. }) { EXIT_NOT_FOUND } else { EXIT_NOT_RUN };
-                log.chunk(LogStream::Stderr, Bytes::from(format!("{}\n", crate::chain(&error)))).await;
+                let code = if matches!(error, StartError::Refused { .. }) {
+                    EXIT_NOT_FOUND
+                } else {
+                    EXIT_NOT_RUN
+                };
+                log.chunk(LogStream::Stderr, Bytes::from(format!("{}\n", crate::chain(&error))))
+                    .await;
                 return Ok(StepExit::Exited(code));
             }
             Err(error) => return Err(StepError::runtime("start a build step", error)),
         };
         let end = watch_over(&mut container, &step, log).await;
-        container.dispose().await.map_err(|error| StepError::runtime("clean up after a build step", error))?;
+        container
+            .dispose()
+            .await
+            .map_err(|error| StepError::runtime("clean up after a build step", error))?;
         match end {
             End::Exited(exit) => Ok(exit),
             End::Cancelled => Err(StepError::Cancelled),
@@ -161,15 +205,23 @@ impl StepRunner for ContainerSteps {
         let target = self.inner.roots.join(self.next_number().to_string());
         let mounted = tokio::task::spawn_blocking(move || {
             fs::create_dir(&target).map_err(|error| StepError::runtime("create a mount point", error))?;
-            let mut root = Root { target: target.clone(), guard: None };
-            let writable =
-                upper.as_ref().map(|(upper_dir, work_dir)| WritableLayer { upper_dir, work_dir, volatile: false });
+            let mut root = Root {
+                target: target.clone(),
+                guard: None,
+            };
+            let writable = upper.as_ref().map(|(upper_dir, work_dir)| WritableLayer {
+                upper_dir,
+                work_dir,
+                volatile: false,
+            });
             let guard = mount_overlay(&lower_dirs, writable, &target)
                 .map_err(|error| StepError::runtime("mount an image", error))?;
             root.guard = Some(guard);
             Ok(Box::new(root) as Box<dyn MountedRoot>)
         });
-        mounted.await.map_err(|error| StepError::runtime("mount an image", error))?
+        mounted
+            .await
+            .map_err(|error| StepError::runtime("mount an image", error))?
     }
 }
 
@@ -183,7 +235,10 @@ enum End {
 async fn watch_over(container: &mut RunningContainer, step: &StepExecution, log: &BuildLog) -> End {
     let (stdout, stderr) = (container.stdout.take(), container.stderr.take());
     let output = async {
-        tokio::join!(copy(stdout, LogStream::Stdout, log), copy(stderr, LogStream::Stderr, log));
+        tokio::join!(
+            copy(stdout, LogStream::Stdout, log),
+            copy(stderr, LogStream::Stderr, log)
+        );
     };
     tokio::pin!(output);
     let mut drained = false;
@@ -206,7 +261,10 @@ async fn watch_over(container: &mut RunningContainer, step: &StepExecution, log:
         }
     };
     if !drained && tokio::time::timeout(DRAIN_TIMEOUT, output).await.is_err() {
-        tracing::warn!(step = container.name, "a build step's output was not read to its end in time");
+        tracing::warn!(
+            step = container.name,
+            "a build step's output was not read to its end in time"
+        );
     }
     reason.unwrap_or(match exit {
         ContainerExit::Exited { code } => End::Exited(StepExit::Exited(code)),
@@ -267,5 +325,83 @@ fn unmount_all(path: &Path) {
         if nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH).is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ionian_container::ProcessRuntime;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    fn step(root: &Path) -> StepExecution {
+        StepExecution {
+            lower_dirs: vec![root.to_owned()],
+            upper_dir: root.join("upper"),
+            work_dir: root.join("work"),
+            argv: vec!["true".to_owned()],
+            env: Vec::new(),
+            workdir: "/".to_owned(),
+            user: None,
+            binds: Vec::new(),
+            has_network: true,
+            gpu: None,
+            timeout: DRAIN_TIMEOUT,
+            cancel: CancellationToken::new(),
+        }
+    }
+
+    fn open(root: &Path) -> ContainerSteps {
+        ContainerSteps::open(Arc::new(ProcessRuntime::new()), root, StepLimits::for_host()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_step_never_runs_without_isolation() {
+        let root = tempfile::tempdir().unwrap();
+        let steps = open(root.path());
+        let error = steps.run(step(root.path()), &BuildLog::discard()).await.unwrap_err();
+        assert!(
+            crate::chain(&error).contains("the process runtime has no"),
+            "{}",
+            crate::chain(&error)
+        );
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_had_is_said() {
+        let root = tempfile::tempdir().unwrap();
+        let steps = open(root.path());
+        let mut asks_for_gpu = step(root.path());
+        asks_for_gpu.gpu = Some("T4".to_owned());
+        let error = steps.run(asks_for_gpu, &BuildLog::discard()).await.unwrap_err();
+        assert!(crate::chain(&error).contains("GPU (T4): this worker has none"));
+        let cancelled = step(root.path());
+        cancelled.cancel.cancel();
+        assert!(matches!(
+            steps.run(cancelled, &BuildLog::discard()).await,
+            Err(StepError::Cancelled)
+        ));
+    }
+
+    #[tokio::test]
+    async fn what_a_crash_left_mounted_is_unmounted_and_nothing_in_it_is_touched() {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: mounting needs root");
+            return;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let steps = open(root.path());
+        let layer = root.path().join("layer");
+        fs::create_dir(&layer).unwrap();
+        fs::write(layer.join("file"), "kept").unwrap();
+        let mounted = steps.mount(std::slice::from_ref(&layer), None).await.unwrap();
+        let target = mounted.path().to_owned();
+        assert_eq!(fs::read_to_string(target.join("file")).unwrap(), "kept");
+        // As a crash does: nobody unmounts.
+        std::mem::forget(mounted);
+        drop(steps);
+        open(root.path());
+        assert!(!target.exists() && layer.join("file").exists());
     }
 }

@@ -101,7 +101,17 @@ pub struct Worker {
 impl Worker {
     /// Opens the state directory and removes what an earlier run left in it. Blocks for as long as that takes.
     pub fn open(parts: WorkerParts) -> Result<Self, OpenError> {
-        let WorkerParts { runtimes, images, steps, bundles, content, state_dir, logs, limits, process_python } = parts;
+        let WorkerParts {
+            runtimes,
+            images,
+            steps,
+            bundles,
+            content,
+            state_dir,
+            logs,
+            limits,
+            process_python,
+        } = parts;
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| OpenError::StateDir { path, source }
@@ -133,11 +143,17 @@ impl Worker {
             run_dir,
             logs,
             log_limits: limits.logs,
-            default_limits: DefaultLimits { memory_bytes: limits.memory_bytes, pids: limits.pids },
+            default_limits: DefaultLimits {
+                memory_bytes: limits.memory_bytes,
+                pids: limits.pids,
+            },
             process_python,
             starts: Arc::new(Semaphore::new(limits.concurrent_starts.max(1))),
         };
-        Ok(Self { shared: Arc::new(shared), builder })
+        Ok(Self {
+            shared: Arc::new(shared),
+            builder,
+        })
     }
 
     /// Builds images with the worker's parts, whether it runs or not.
@@ -145,22 +161,15 @@ impl Worker {
         self.builder.clone()
     }
 
-    /// Runs until cancelled. Then all containers are killed and cleaned up; the runtimes themselves are the
-    /// caller's to shut down (`Runtime::remove_all`), since builds use them too.
+    /// Runs until cancelled. Then all containers are killed and cleaned up. The runtimes are the caller's, since
+    /// builds use them too: opening one has reaped what a crash left behind (`Runtime::reap` here could take a
+    /// build that is just starting for such), and `Runtime::remove_all` comes after this returns.
     pub async fn run(
         self,
         desired: watch::Receiver<DesiredSet>,
         reports: mpsc::Sender<WorkerReport>,
         cancel: CancellationToken,
     ) {
-        for runtime in &self.shared.runtimes {
-            match runtime.reap().await {
-                Ok(report) if report.is_empty() => {}
-                Ok(report) => tracing::warn!(runtime = %runtime.kind(), ?report, "removed what an earlier run left behind"),
-                // Not fatal: containers get names of their own, and the next start tries again.
-                Err(error) => tracing::error!(runtime = %runtime.kind(), error = chain(&error), "failed to clean up"),
-            }
-        }
         let (sightings, seen) = mpsc::channel(SIGHTINGS_QUEUE);
         let state = Loop {
             shared: self.shared,
@@ -272,9 +281,9 @@ impl Loop {
     fn report(&mut self, report: WorkerReport) {
         let waits = match &report {
             WorkerReport::Started(_) => false,
-            WorkerReport::Exited { container_id, .. } => self.outbox.iter().any(|waiting| {
-                matches!(waiting, WorkerReport::Exited { container_id: other, .. } if other == container_id)
-            }),
+            WorkerReport::Exited { container_id, .. } => self.outbox.iter().any(
+                |waiting| matches!(waiting, WorkerReport::Exited { container_id: other, .. } if other == container_id),
+            ),
         };
         if !waits {
             self.outbox.push_back(report);
@@ -282,7 +291,14 @@ impl Loop {
     }
 
     fn forget_task(&mut self, task: TaskId, seen: &mut mpsc::Receiver<Sighting>) {
-        let Some(id) = self.orders.iter().find(|(_, (known, _))| *known == task).map(|(id, _)| *id) else { return };
+        let Some(id) = self
+            .orders
+            .iter()
+            .find(|(_, (known, _))| *known == task)
+            .map(|(id, _)| *id)
+        else {
+            return;
+        };
         self.orders.remove(&id);
         // What the task told before it ended comes first.
         while let Ok(sighting) = seen.try_recv() {
@@ -311,7 +327,10 @@ impl Loop {
             }
         };
         if tokio::time::timeout(SHUTDOWN_TIMEOUT, ended).await.is_err() {
-            tracing::error!(containers = self.tasks.len(), "containers were not cleaned up in time; the next start does it");
+            tracing::error!(
+                containers = self.tasks.len(),
+                "containers were not cleaned up in time; the next start does it"
+            );
         }
     }
 }

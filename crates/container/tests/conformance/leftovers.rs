@@ -112,7 +112,7 @@ async fn crashing_process() {
     let Ok(state_dir) = std::env::var("IONIAN_TEST_CRASH_STATE_DIR") else {
         return;
     };
-    let config = ContainerConfig::new("crash", state_dir);
+    let config = ContainerConfig::new(crash_instance(&state_dir), &state_dir);
     let runtime = RuncRuntime::open(config).await.unwrap();
     for name in ["first", "second"] {
         let lower_dirs = vec![rootfs()];
@@ -147,7 +147,7 @@ async fn what_a_crash_leaves_is_reaped_at_the_next_start() {
         "the containers start"
     );
 
-    let mut config = ContainerConfig::new("crash", &state_dir);
+    let mut config = ContainerConfig::new(crash_instance(state_dir.to_str().unwrap()), &state_dir);
     config.warm_network_slots = 0;
     assert!(matches!(
         RuncRuntime::open(config.clone()).await,
@@ -204,4 +204,9 @@ async fn instances_do_not_reap_each_other() {
     assert!(!one.container_traces().is_empty());
     container.dispose().await.unwrap();
     one.close().await;
+}
+
+/// The same in both processes, and another in every run.
+fn crash_instance(state_dir: &str) -> String {
+    format!("crash-{state_dir}")
 }

@@ -15,7 +15,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use ionian_control::data_channel::DataChannels;
-use ionian_control::web::{DemandReport, DemandSender, RouteTable, WebLink};
+use ionian_control::web::{DemandReport, DemandSender, RequestLog, RouteTable, WebLink};
 use ionian_domain::web::{PoolEvent, Route, WebKind, WebTarget};
 use ionian_domain::{AppId, ContainerId, FunctionId};
 use ionian_ingress::{ConnectionInfo, Ingress, IngressConfig, Services};
@@ -83,6 +83,7 @@ impl Platform {
             pool: pool_receiver,
             demand: DemandSender(demand_sender),
             data_channels: data_channels.clone(),
+            requests: RequestLog::channel().0,
         };
         let proxy_auth = Arc::new(|key: &str, secret: &str| key == "wk-good" && secret == "ws-good");
         let ingress_shutdown = CancellationToken::new();

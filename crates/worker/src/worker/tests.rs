@@ -4,11 +4,11 @@
 use std::time::Instant as StdInstant;
 
 use ionian_container::ProcessRuntime;
+use ionian_domain::VolumeId;
 use ionian_domain::container::{ContainerSpec, RuntimeKind, StopReason};
 use ionian_domain::function::VolumeMount;
 use ionian_domain::mount::MountFile;
 use ionian_domain::worker::{DesiredContainer, DesiredState, Generation};
-use ionian_domain::VolumeId;
 use ionian_image::base::{BaseConfig, BaseImages};
 use ionian_image::client_bundle::ClientBundlesConfig;
 use ionian_image::{BuilderConfig, HostTrust, LayerStore};
@@ -82,7 +82,10 @@ impl World {
             content,
             state_dir: path("state"),
             logs,
-            limits: WorkerLimits { concurrent_starts, ..WorkerLimits::for_host() },
+            limits: WorkerLimits {
+                concurrent_starts,
+                ..WorkerLimits::for_host()
+            },
             process_python: Some(python),
         })
         .unwrap();
@@ -90,21 +93,38 @@ impl World {
         let (report, reports) = mpsc::channel(1);
         let cancel = CancellationToken::new();
         let running = tokio::spawn(worker.run(wanted, report, cancel.clone()));
-        Self { root, desired, reports, logs: log, cancel, running }
+        Self {
+            root,
+            desired,
+            reports,
+            logs: log,
+            cancel,
+            running,
+        }
     }
 
     fn desire(&self, containers: &[(ContainerId, &Arc<ContainerSpec>, DesiredState)]) {
         let containers = containers
             .iter()
-            .map(|(id, spec, state)| DesiredContainer { id: *id, spec: Arc::clone(spec), state: *state })
+            .map(|(id, spec, state)| DesiredContainer {
+                id: *id,
+                spec: Arc::clone(spec),
+                state: *state,
+            })
             .collect();
         self.desired.send_modify(|set| {
-            *set = DesiredSet { generation: Generation(set.generation.0 + 1), containers };
+            *set = DesiredSet {
+                generation: Generation(set.generation.0 + 1),
+                containers,
+            };
         });
     }
 
     async fn report(&mut self) -> WorkerReport {
-        tokio::time::timeout(PATIENCE, self.reports.recv()).await.expect("a report is due").unwrap()
+        tokio::time::timeout(PATIENCE, self.reports.recv())
+            .await
+            .expect("a report is due")
+            .unwrap()
     }
 
     async fn started(&mut self) -> ionian_domain::container::ContainerStarted {
@@ -123,7 +143,10 @@ impl World {
 
     async fn said(&mut self, wanted: &str) {
         let wait = self.logs.wait_for(|text| text.contains(wanted));
-        tokio::time::timeout(PATIENCE, wait).await.unwrap_or_else(|_| panic!("nobody said {wanted:?}")).unwrap();
+        tokio::time::timeout(PATIENCE, wait)
+            .await
+            .unwrap_or_else(|_| panic!("nobody said {wanted:?}"))
+            .unwrap();
     }
 
     fn said_so_far(&self) -> String {
@@ -150,7 +173,10 @@ fn script(script: &str) -> Arc<ContainerSpec> {
 }
 
 fn stopped(grace: Duration) -> DesiredState {
-    DesiredState::Stopped { grace, reason: StopReason::ScaleDown }
+    DesiredState::Stopped {
+        grace,
+        reason: StopReason::ScaleDown,
+    }
 }
 
 const RUNNING: DesiredState = DesiredState::Running;
@@ -261,10 +287,19 @@ async fn what_is_not_named_is_killed_without_a_word() {
 async fn a_failed_start_says_what_is_wrong() {
     let mut world = World::new();
     let mut with_file = (*script("exit 0")).clone();
-    with_file.files = vec![MountFile { path: "/root/app.py".into(), sha256_hex: "gone".into(), mode: None }];
+    with_file.files = vec![MountFile {
+        path: "/root/app.py".into(),
+        sha256_hex: "gone".into(),
+        mode: None,
+    }];
     let mut with_volume = (*script("exit 0")).clone();
     let volume_id = VolumeId::generate();
-    with_volume.volumes = vec![VolumeMount { volume_id, path: "/data".into(), read_only: false, sub_path: None }];
+    with_volume.volumes = vec![VolumeMount {
+        volume_id,
+        path: "/data".into(),
+        read_only: false,
+        sub_path: None,
+    }];
     let mut isolated = (*script("exit 0")).clone();
     isolated.runtime = RuntimeKind::Runc;
     for (spec, words) in [
@@ -274,7 +309,9 @@ async fn a_failed_start_says_what_is_wrong() {
     ] {
         let id = ContainerId::generate();
         world.desire(&[(id, &Arc::new(spec), RUNNING)]);
-        let ContainerExit::StartFailed { message } = world.exit(id).await else { panic!("{words}") };
+        let ContainerExit::StartFailed { message } = world.exit(id).await else {
+            panic!("{words}")
+        };
         assert!(message.contains(words), "{message}");
     }
     assert_eq!(world.run_dirs(), 0);
@@ -290,14 +327,28 @@ async fn a_process_finds_its_files_and_variables() {
         "cat app.py; echo; cat \"$MODAL_CONTAINER_ARGUMENTS_PATH\"; echo; echo $1 ${2##*/} $PYTHONPATH = $PWD $MODAL_TASK_ID",
     ))
     .clone();
-    spec.files = vec![MountFile { path: "/root/app.py".into(), sha256_hex: "abc".into(), mode: Some(0o600) }];
+    spec.files = vec![MountFile {
+        path: "/root/app.py".into(),
+        sha256_hex: "abc".into(),
+        mode: Some(0o600),
+    }];
     world.desire(&[(id, &Arc::new(spec), RUNNING)]);
     world.started().await;
     assert_eq!(world.exit(id).await, ContainerExit::Exited { code: 0 });
     let text = world.said_so_far();
-    let home = world.root.path().canonicalize().unwrap().join("state/run").join(id.to_string()).join("files/root");
+    let home = world
+        .root
+        .path()
+        .canonicalize()
+        .unwrap()
+        .join("state/run")
+        .join(id.to_string())
+        .join("files/root");
     let home = home.display();
-    assert_eq!(text, format!("content of the app\narguments\n-u launcher.py {home} = {home} ta-1\n"));
+    assert_eq!(
+        text,
+        format!("content of the app\narguments\n-u launcher.py {home} = {home} ta-1\n")
+    );
     world.shut_down().await;
 }
 
@@ -316,7 +367,10 @@ async fn a_container_that_waits_for_its_turn_can_still_be_stopped() {
             WorkerReport::Started(_) => {}
             WorkerReport::Exited { exit, .. } => {
                 // `Lost` where both sets came as one: it was never to run.
-                assert!(matches!(exit, ContainerExit::Signaled { signal: 9 } | ContainerExit::Lost), "{exit:?}");
+                assert!(
+                    matches!(exit, ContainerExit::Signaled { signal: 9 } | ContainerExit::Lost),
+                    "{exit:?}"
+                );
                 ended += 1;
             }
         }
@@ -332,7 +386,12 @@ async fn an_older_set_changes_nothing() {
     world.desire(&[(id, &spec, RUNNING)]);
     world.started().await;
     let newest = world.desired.borrow().generation;
-    world.desired.send_modify(|set| *set = DesiredSet { generation: Generation(newest.0 - 1), containers: Vec::new() });
+    world.desired.send_modify(|set| {
+        *set = DesiredSet {
+            generation: Generation(newest.0 - 1),
+            containers: Vec::new(),
+        }
+    });
     world.said("ready").await;
     world.desired.send_modify(|set| set.generation = newest);
     world.desire(&[(id, &spec, stopped(Duration::ZERO))]);

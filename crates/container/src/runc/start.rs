@@ -1,0 +1,365 @@
+//! The steps of one start, each timed, from a mounted root to a running first process.
+
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ionian_domain::container::StartTimings;
+use rustix::fs::inotify;
+use tokio::io::unix::AsyncFd;
+use tokio::process::{Child, Command};
+
+use super::leftovers::Leftovers;
+use super::{Inner, run_blocking};
+use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths};
+use crate::descriptor;
+use crate::network::Slot;
+use crate::overlay::{MountGuard, WritableLayer, mount_overlay};
+use crate::passwd::{self, Identity};
+use crate::running::{ContainerHandle, OutputStream, Remains, Started, output_pipe};
+use crate::runtime::{Launch, NetworkMode, StartError, Upper};
+
+/// runc takes tens of milliseconds; minutes of swapping or a throttled CPU are not worth waiting for.
+const START_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What runc says about a failure fits; the rest of its log is not read.
+const MAX_LOG_BYTES: usize = 64 << 10;
+
+/// A started container before its leftovers are tied to it.
+pub(super) struct Running {
+    name: String,
+    pid: i32,
+    address: Option<IpAddr>,
+    stdout: OutputStream,
+    stderr: OutputStream,
+    timings: StartTimings,
+    handle: ContainerHandle,
+    child: Child,
+}
+
+impl Running {
+    pub(super) fn with_remains(self, remains: Box<dyn Remains>) -> Started {
+        let Self {
+            name,
+            pid,
+            address,
+            stdout,
+            stderr,
+            timings,
+            handle,
+            child,
+        } = self;
+        Started {
+            name,
+            pid,
+            address,
+            stdout,
+            stderr,
+            timings,
+            handle,
+            child,
+            remains,
+        }
+    }
+}
+
+/// Measures one step after the other.
+struct Stopwatch {
+    last: Instant,
+    timings: StartTimings,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        Self {
+            last: Instant::now(),
+            timings: StartTimings::default(),
+        }
+    }
+
+    fn step(&mut self, name: &str) {
+        let now = Instant::now();
+        self.timings.steps.push((name.to_owned(), now - self.last));
+        self.last = now;
+    }
+}
+
+pub(super) async fn start(
+    inner: &Arc<Inner>,
+    launch: Launch,
+    leftovers: &mut Leftovers,
+) -> Result<Running, StartError> {
+    let name = launch.name.clone();
+    let mut stopwatch = Stopwatch::start();
+    let paths = leftovers.paths.clone();
+
+    let slot = match launch.network {
+        NetworkMode::Bridge => {
+            let failed = |source| StartError::Network {
+                name: name.clone(),
+                source,
+            };
+            Some(inner.network.take_slot().await.map_err(failed)?)
+        }
+        NetworkMode::None | NetworkMode::Host => None,
+    };
+    let address = slot.as_ref().map(Slot::address);
+    let network = slot.as_ref().map(|slot| BundleNetwork {
+        namespace: slot.namespace_path(),
+        address: slot.address(),
+        resolv_conf: inner.network.resolv_conf(),
+    });
+    leftovers.slot = slot;
+    stopwatch.step("network");
+
+    let cgroup = inner.cgroup_of(&name);
+    let prepared = {
+        let paths = paths.clone();
+        run_blocking(move || {
+            let mount = mount_root(&launch, &paths)?;
+            stopwatch.step("mount");
+            let result = write_bundle(&launch, &paths, &cgroup, network);
+            stopwatch.step("bundle");
+            Ok((mount, result, stopwatch))
+        })
+        .await
+    };
+    let (mount, written, mut stopwatch) = prepared?;
+    leftovers.mount = Some(mount);
+    written?;
+
+    let prepare = |source| StartError::Prepare {
+        name: name.clone(),
+        path: paths.directory.clone(),
+        source,
+    };
+    let pid_file = PidFile::watch(&paths).map_err(prepare)?;
+    let (stdout, stdout_writer) = output_pipe().map_err(prepare)?;
+    let (stderr, stderr_writer) = output_pipe().map_err(prepare)?;
+    let mut child = Command::new(&inner.runc)
+        .arg("--root")
+        .arg(inner.config.runc_root())
+        .arg("--log")
+        .arg(paths.log())
+        .args(["--log-format", "json", "run"])
+        // What is known about the end (out of memory) is read before the control group goes.
+        .arg("--keep")
+        .arg("--bundle")
+        .arg(&paths.directory)
+        .arg("--pid-file")
+        .arg(paths.pid_file())
+        .arg(&name)
+        .stdin(Stdio::null())
+        .stdout(stdout_writer)
+        .stderr(stderr_writer)
+        // A Ctrl-C at the platform's terminal is not the containers'.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|source| StartError::Spawn {
+            name: name.clone(),
+            program: inner.runc.clone(),
+            source,
+        })?;
+
+    let pid = match tokio::time::timeout(START_TIMEOUT, first_process(&mut child, &pid_file, &paths)).await {
+        Ok(Ok(Some(pid))) => pid,
+        Ok(Ok(None)) => {
+            return Err(StartError::Refused {
+                name,
+                message: refusal(&paths),
+            });
+        }
+        Ok(Err(source)) => return Err(prepare(source)),
+        Err(_) => {
+            return Err(StartError::TimedOut {
+                name,
+                seconds: START_TIMEOUT.as_secs(),
+            });
+        }
+    };
+    // The first process is runc's child until runc has seen its end, and then the number may be another's.
+    let handle = ContainerHandle::open(&name, pid, || {
+        child.id().is_some_and(|runc| parent_of(pid) == Some(runc))
+    })
+    .map_err(prepare)?;
+    stopwatch.step("runc");
+    Ok(Running {
+        name,
+        pid,
+        address,
+        stdout,
+        stderr,
+        timings: stopwatch.timings,
+        handle,
+        child,
+    })
+}
+
+fn mount_root(launch: &Launch, paths: &BundlePaths) -> Result<MountGuard, StartError> {
+    let name = &launch.name;
+    let directory = |path: PathBuf| {
+        fs::DirBuilder::new()
+            .mode(0o755)
+            .create(&path)
+            .map(|()| path.clone())
+            .map_err(|source| StartError::Prepare {
+                name: name.clone(),
+                path,
+                source,
+            })
+    };
+    let root = directory(paths.root())?;
+    let (upper_dir, work_dir, volatile) = match &launch.rootfs.upper {
+        Upper::Scratch => (directory(paths.upper())?, directory(paths.work())?, true),
+        Upper::Keep { upper_dir, work_dir } => (upper_dir.clone(), work_dir.clone(), false),
+    };
+    let writable = WritableLayer {
+        upper_dir: &upper_dir,
+        work_dir: &work_dir,
+        volatile,
+    };
+    mount_overlay(&launch.rootfs.lower_dirs, Some(writable), &root).map_err(|source| StartError::Mount {
+        name: name.clone(),
+        source,
+    })
+}
+
+fn write_bundle(
+    launch: &Launch,
+    paths: &BundlePaths,
+    cgroup: &str,
+    network: Option<BundleNetwork>,
+) -> Result<(), StartError> {
+    let name = &launch.name;
+    let identity = match &launch.user {
+        None => Identity::ROOT,
+        Some(user) => passwd::resolve(&paths.root(), user).map_err(|reason| StartError::User {
+            name: name.clone(),
+            user: user.clone(),
+            reason,
+        })?,
+    };
+    for wanted in &launch.binds {
+        // runc's own message names neither the container nor the bind.
+        fs::metadata(&wanted.source).map_err(|source| StartError::Prepare {
+            name: name.clone(),
+            path: wanted.source.clone(),
+            source,
+        })?;
+    }
+    bundle::write(
+        launch,
+        &BundleFacts {
+            paths,
+            identity: &identity,
+            cgroup,
+            network,
+        },
+    )
+    .map_err(|source| StartError::Prepare {
+        name: name.clone(),
+        path: paths.directory.clone(),
+        source,
+    })
+}
+
+/// Tells when runc has put the number of the first process into its file, which it renames into place.
+struct PidFile {
+    events: AsyncFd<OwnedFd>,
+}
+
+impl PidFile {
+    fn watch(paths: &BundlePaths) -> io::Result<Self> {
+        let events = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        inotify::add_watch(
+            &events,
+            &paths.directory,
+            inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ONLYDIR,
+        )?;
+        Ok(Self {
+            events: descriptor::watch(events)?,
+        })
+    }
+
+    /// Nothing else is renamed into the directory, so the event itself need not be looked at.
+    async fn written(&self) -> io::Result<()> {
+        self.events.readable().await.map(|_| ())
+    }
+}
+
+/// The first process's number; `None` if runc ended without having started one.
+async fn first_process(child: &mut Child, pid_file: &PidFile, paths: &BundlePaths) -> io::Result<Option<i32>> {
+    tokio::select! {
+        written = pid_file.written() => written?,
+        ended = child.wait() => { ended?; }
+    }
+    match fs::read_to_string(paths.pid_file()) {
+        Ok(text) => text.trim().parse().map(Some).map_err(io::Error::other),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn parent_of(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("PPid:"))?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// The last error in runc's log.
+fn refusal(paths: &BundlePaths) -> String {
+    #[derive(serde::Deserialize)]
+    struct Line {
+        level: String,
+        msg: String,
+    }
+    let unknown = || "runc failed without saying why".to_owned();
+    let Ok(mut log) = fs::read_to_string(paths.log()) else {
+        return unknown();
+    };
+    if log.len() > MAX_LOG_BYTES {
+        let start = log.ceil_char_boundary(log.len() - MAX_LOG_BYTES);
+        log.drain(..start);
+    }
+    let last = log
+        .lines()
+        .rev()
+        .filter_map(|line| serde_json::from_str::<Line>(line).ok())
+        .find(|line| line.level == "error");
+    last.map_or_else(unknown, |line| {
+        line.msg.trim_start_matches("runc run failed: ").to_owned()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runcs_last_error_is_the_refusal() {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = BundlePaths {
+            directory: directory.path().to_owned(),
+        };
+        assert_eq!(refusal(&paths), "runc failed without saying why");
+        let log = concat!(
+            r#"{"level":"warning","msg":"something","time":"t"}"#,
+            "\n",
+            r#"{"level":"error","msg":"runc run failed: exec: \"x\": not found","time":"t"}"#,
+            "\nnot json\n"
+        );
+        fs::write(paths.log(), log).unwrap();
+        assert_eq!(refusal(&paths), "exec: \"x\": not found");
+    }
+}
