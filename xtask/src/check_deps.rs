@@ -69,6 +69,11 @@ const ARROWS: &[Arrow] = &[
     arrow("ionian-api", "ionian-domain", "what requests are decoded to"),
     arrow("ionian-api", "ionian-control", "a handler calls one of its methods"),
     arrow(
+        "ionian-api",
+        "ionian-blobs",
+        "serves blob transfers over HTTP, by signed URLs",
+    ),
+    arrow(
         "ionian-ingress",
         "ionian-domain",
         "hosts, functions and slots are the domain's nouns",

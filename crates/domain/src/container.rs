@@ -109,9 +109,15 @@ pub enum StopReason {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ContainerExit {
     /// It never ran: what failed, for people.
-    StartFailed { message: String },
-    Exited { code: i32 },
-    Signaled { signal: i32 },
+    StartFailed {
+        message: String,
+    },
+    Exited {
+        code: i32,
+    },
+    Signaled {
+        signal: i32,
+    },
     OutOfMemory,
     /// The worker lost it: it was gone after a restart.
     Lost,

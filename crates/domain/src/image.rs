@@ -80,7 +80,10 @@ pub struct ImageMetadata {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "state")]
-#[expect(clippy::large_enum_variant, reason = "states are looked at one at a time, never kept in bulk")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "states are looked at one at a time, never kept in bulk"
+)]
 pub enum ImageState {
     Building,
     Ready { image: BuiltImage },

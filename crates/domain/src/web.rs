@@ -66,12 +66,27 @@ pub enum WebTarget {
 pub enum PoolEvent {
     /// The container takes requests from now on. `targets` maps a web method (`None` for functions)
     /// to where it is served.
-    Ready { function_id: FunctionId, container_id: ContainerId, slots: u32, targets: Vec<(Option<String>, WebTarget)> },
+    Ready {
+        function_id: FunctionId,
+        container_id: ContainerId,
+        slots: u32,
+        targets: Vec<(Option<String>, WebTarget)>,
+    },
     /// Give it no new requests. The ingress answers with a demand report once it is empty.
-    Draining { function_id: FunctionId, container_id: ContainerId },
+    Draining {
+        function_id: FunctionId,
+        container_id: ContainerId,
+    },
     /// It is gone; whoever still waits for it gets an error.
-    Gone { function_id: FunctionId, container_id: ContainerId },
+    Gone {
+        function_id: FunctionId,
+        container_id: ContainerId,
+    },
     /// Containers of this function cannot start (import error, image missing …): waiting requests
     /// fail now with this message instead of at their deadline.
-    StartFailed { function_id: FunctionId, container_id: ContainerId, message: String },
+    StartFailed {
+        function_id: FunctionId,
+        container_id: ContainerId,
+        message: String,
+    },
 }

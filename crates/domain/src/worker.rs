@@ -30,7 +30,10 @@ pub enum DesiredState {
     Running,
     /// Ask it to end (SIGINT; the runtime may already be ending by its kill switch), then SIGKILL after
     /// the grace time. Zero grace kills at once.
-    Stopped { grace: Duration, reason: StopReason },
+    Stopped {
+        grace: Duration,
+        reason: StopReason,
+    },
 }
 
 /// What a worker tells the control process. Exits are repeated until acknowledged, which the
@@ -38,5 +41,8 @@ pub enum DesiredState {
 #[derive(Debug, Clone)]
 pub enum WorkerReport {
     Started(ContainerStarted),
-    Exited { container_id: ContainerId, exit: ContainerExit },
+    Exited {
+        container_id: ContainerId,
+        exit: ContainerExit,
+    },
 }

@@ -88,9 +88,14 @@ fn both_loopbacks(port: u16) -> Addresses {
 /// One address; a loopback one stands for both, since `*.localhost` resolves to either.
 pub(crate) fn parse_listen(text: &str) -> Result<Addresses, String> {
     let text = text.replace("localhost:", "127.0.0.1:");
-    let address: SocketAddr =
-        text.parse().map_err(|_| format!("'{text}' is not an address and port, as in 127.0.0.1:8800"))?;
-    Ok(if address.ip().is_loopback() { both_loopbacks(address.port()) } else { vec![address] })
+    let address: SocketAddr = text
+        .parse()
+        .map_err(|_| format!("'{text}' is not an address and port, as in 127.0.0.1:8800"))?;
+    Ok(if address.ip().is_loopback() {
+        both_loopbacks(address.port())
+    } else {
+        vec![address]
+    })
 }
 
 impl Config {
@@ -114,7 +119,11 @@ impl Config {
             config.data_dir = dir.to_owned();
         }
         if !mistakes.is_empty() {
-            bail!("the configuration has {} mistake(s):\n  {}", mistakes.len(), mistakes.join("\n  "));
+            bail!(
+                "the configuration has {} mistake(s):\n  {}",
+                mistakes.len(),
+                mistakes.join("\n  ")
+            );
         }
         config.data_dir = std::path::absolute(&config.data_dir)?;
         Ok(config)
@@ -154,7 +163,9 @@ fn apply_file(config: &mut Config, text: &str, mistakes: &mut Vec<String>) {
             continue;
         };
         for (key, value) in keys {
-            let known = SETTINGS.iter().find(|setting| setting.section == section && setting.key == key);
+            let known = SETTINGS
+                .iter()
+                .find(|setting| setting.section == section && setting.key == key);
             let Some(setting) = known else {
                 mistakes.push(format!("[{section}] has no setting '{key}'; `ionian config` lists all"));
                 continue;
@@ -199,7 +210,8 @@ mod tests {
         for setting in SETTINGS {
             let value: toml::Table = format!("x = {}", setting.default).parse().expect("the default is TOML");
             let text = text_of(&value["x"]).unwrap();
-            (setting.apply)(&mut documented, &text).unwrap_or_else(|e| panic!("{}.{}: {e}", setting.section, setting.key));
+            (setting.apply)(&mut documented, &text)
+                .unwrap_or_else(|e| panic!("{}.{}: {e}", setting.section, setting.key));
         }
         assert_eq!(format!("{documented:?}"), format!("{:?}", Config::default()));
     }

@@ -28,11 +28,17 @@ impl Keys {
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
         let secret = match std::env::var(SECRET_KEY_VARIABLE) {
-            Ok(text) => decode(&text).with_context(|| format!("{SECRET_KEY_VARIABLE} is not {KEY_LENGTH} bytes in hex"))?,
+            Ok(text) => {
+                decode(&text).with_context(|| format!("{SECRET_KEY_VARIABLE} is not {KEY_LENGTH} bytes in hex"))?
+            }
             Err(_) => load_or_make(&dir.join("secrets.key"))?,
         };
         let signing = load_or_make(&dir.join("signing.key"))?;
-        Ok(Self { secret, urls: derive(&signing, "blob urls"), containers: derive(&signing, "container credentials") })
+        Ok(Self {
+            secret,
+            urls: derive(&signing, "blob urls"),
+            containers: derive(&signing, "container credentials"),
+        })
     }
 }
 
@@ -48,7 +54,9 @@ fn derive(key: &Zeroizing<[u8; KEY_LENGTH]>, purpose: &str) -> [u8; KEY_LENGTH] 
 
 fn decode(text: &str) -> anyhow::Result<Zeroizing<[u8; KEY_LENGTH]>> {
     let bytes = Zeroizing::new(hex::decode(text.trim())?);
-    let Ok(key) = bytes.as_slice().try_into() else { bail!("it has {} bytes", bytes.len()) };
+    let Ok(key) = bytes.as_slice().try_into() else {
+        bail!("it has {} bytes", bytes.len())
+    };
     Ok(Zeroizing::new(key))
 }
 
@@ -57,7 +65,11 @@ fn load_or_make(path: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_LENGTH]>> {
         Ok(text) => {
             let mode = fs::metadata(path)?.permissions().mode() & 0o777;
             if mode & 0o077 != 0 {
-                bail!("{} can be read by others (mode {mode:o}); run: chmod 600 {}", path.display(), path.display());
+                bail!(
+                    "{} can be read by others (mode {mode:o}); run: chmod 600 {}",
+                    path.display(),
+                    path.display()
+                );
             }
             decode(&Zeroizing::new(text)).with_context(|| format!("{} is damaged", path.display()))
         }

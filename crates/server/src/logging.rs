@@ -6,5 +6,9 @@ use tracing_subscriber::EnvFilter;
 pub(crate) fn start(filter: &str) {
     let text = std::env::var("IONIAN_LOG").unwrap_or_else(|_| filter.to_owned());
     let filter = EnvFilter::try_new(&text).unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
 }

@@ -18,7 +18,11 @@ use clap::{Parser, Subcommand};
 use crate::config::Config;
 
 #[derive(Debug, Parser)]
-#[command(name = "ionian", version, about = "A self-hosted serverless platform for Python apps written with the modal SDK")]
+#[command(
+    name = "ionian",
+    version,
+    about = "A self-hosted serverless platform for Python apps written with the modal SDK"
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -112,18 +116,21 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Serve { source, listen } => {
             let mut config = source.load()?;
             if let Some(listen) = listen {
-                config.listen = config::parse_listen(&listen).map_err(|reason| anyhow::anyhow!("--listen: {reason}"))?;
+                config.listen =
+                    config::parse_listen(&listen).map_err(|reason| anyhow::anyhow!("--listen: {reason}"))?;
             }
             logging::start(&config.log);
             runtime()?.block_on(serve::run(config))
         }
-        Command::Token { command: TokenCommand::New { source, name } } => {
-            runtime()?.block_on(token::new(&source.load()?, &name))
-        }
-        Command::Token { command: TokenCommand::List { source } } => runtime()?.block_on(token::list(&source.load()?)),
-        Command::Token { command: TokenCommand::Revoke { source, id } } => {
-            runtime()?.block_on(token::revoke(&source.load()?, &id))
-        }
+        Command::Token {
+            command: TokenCommand::New { source, name },
+        } => runtime()?.block_on(token::new(&source.load()?, &name)),
+        Command::Token {
+            command: TokenCommand::List { source },
+        } => runtime()?.block_on(token::list(&source.load()?)),
+        Command::Token {
+            command: TokenCommand::Revoke { source, id },
+        } => runtime()?.block_on(token::revoke(&source.load()?, &id)),
         Command::Doctor { source } => doctor::run(&source.load()?),
         Command::Reap { source } => {
             let config = source.load()?;

@@ -45,16 +45,23 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let store = token::open_store(&config).await?;
     let _lock = lock(&config.data_dir)?;
     let keys = Keys::load(&config.data_dir)?;
-    let (content, blobs) =
-        ionian_blobs::open_local(&config.data_dir.join("blobs")).await.context("cannot open the blob store")?;
+    let (content, blobs) = ionian_blobs::open_local(&config.data_dir.join("blobs"))
+        .await
+        .context("cannot open the blob store")?;
     let signer = UrlSigner::new(keys.urls);
     let listeners = bind(&config.listen).await?;
-    let public_port = listeners.first().context("no address to listen on")?.local_addr()?.port();
+    let public_port = listeners
+        .first()
+        .context("no address to listen on")?
+        .local_addr()?
+        .port();
 
     let runtime: Arc<dyn Runtime> = match config.runtime {
-        RuntimeKind::Runc => Arc::new(RuncRuntime::open(container_config(&config)).await.context(
-            "cannot use the runc runtime; `ionian doctor` tells what is missing",
-        )?),
+        RuntimeKind::Runc => Arc::new(
+            RuncRuntime::open(container_config(&config))
+                .await
+                .context("cannot use the runc runtime; `ionian doctor` tells what is missing")?,
+        ),
         RuntimeKind::Process => {
             tracing::warn!("the process runtime isolates nothing: run only code that you trust");
             Arc::new(ProcessRuntime::new())
@@ -63,11 +70,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
     let container_listener = match runtime.network() {
         Some(network) => {
-            let listener = TcpListener::bind((network.gateway(), 0)).await.context("cannot listen for containers")?;
+            let listener = TcpListener::bind((network.gateway(), 0))
+                .await
+                .context("cannot listen for containers")?;
             network.allow_host_port(listener.local_addr()?.port()).await?;
             listener
         }
-        None => TcpListener::bind("127.0.0.1:0").await.context("cannot listen for containers")?,
+        None => TcpListener::bind("127.0.0.1:0")
+            .await
+            .context("cannot listen for containers")?,
     };
     let container_server_url = format!("http://{}", container_listener.local_addr()?);
 
@@ -75,7 +86,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
     let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone())?;
     let builder = parts.builder.clone();
-    let (scheme, port) = config.public.clone().unwrap_or_else(|| ("http".to_owned(), public_port));
+    let (scheme, port) = config
+        .public
+        .clone()
+        .unwrap_or_else(|| ("http".to_owned(), public_port));
     let started = Control::start(Parts {
         config: control_config(&config, scheme, port, container_server_url),
         store: store.clone(),
@@ -90,7 +104,13 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     })
     .await
     .context("cannot start")?;
-    let Started { control, web, desired, reports, mut essential } = started;
+    let Started {
+        control,
+        web,
+        desired,
+        reports,
+        mut essential,
+    } = started;
     let worker = tokio::spawn(parts.worker(&control)?.run(desired, reports, cancel.clone()));
 
     let ingress_config = IngressConfig {
@@ -100,8 +120,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
     // Proxy tokens are not there yet: endpoints that require one refuse everybody.
     let ingress = Ingress::start(web, ingress_config.clone(), Arc::new(|_, _| false), cancel.clone());
-    let public_scheme = if control.config().public_scheme == "https" { "https" } else { "http" };
-    let public = Services { platform: platform_of(&control, &signer, public_scheme), ingress: ingress.clone() };
+    let public_scheme = if control.config().public_scheme == "https" {
+        "https"
+    } else {
+        "http"
+    };
+    let public = Services {
+        platform: platform_of(&control, &signer, public_scheme),
+        ingress: ingress.clone(),
+    };
     let serving = CancellationToken::new();
     let public_task = tokio::spawn(ionian_ingress::serve(listeners, public, serving.clone()));
     let container_platform = platform_of(&control, &signer, "http");
@@ -134,7 +161,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     container_task.await.context("the containers' listener crashed")?;
     worker.await.context("the worker crashed")?;
     essential.shutdown().await;
-    runtime.remove_all().await.context("cannot remove the containers' network")?;
+    runtime
+        .remove_all()
+        .await
+        .context("cannot remove the containers' network")?;
     store.close().await;
     if crashed {
         bail!("the server ended because an essential task crashed; its log says why. Start it again: it recovers");
@@ -172,10 +202,12 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
 fn platform_of(control: &Control, signer: &UrlSigner, scheme: &'static str) -> ionian_ingress::PlatformService {
     let api = Api::new(control.clone(), signer.clone(), scheme);
     let router = http_router(control, signer);
-    platform_service(tower::service_fn(move |request: http::Request<hyper::body::Incoming>| {
-        let (api, router) = (api.clone(), router.clone());
-        async move { Ok::<_, std::convert::Infallible>(platform::answer(&api, router, request).await) }
-    }))
+    platform_service(tower::service_fn(
+        move |request: http::Request<hyper::body::Incoming>| {
+            let (api, router) = (api.clone(), router.clone());
+            async move { Ok::<_, std::convert::Infallible>(platform::answer(&api, router, request).await) }
+        },
+    ))
 }
 
 /// One server per data directory.
@@ -183,7 +215,10 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let path = data_dir.join("serve.lock");
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
-        anyhow::anyhow!("another server runs on {}; stop it, or choose another --data-dir", data_dir.display())
+        anyhow::anyhow!(
+            "another server runs on {}; stop it, or choose another --data-dir",
+            data_dir.display()
+        )
     })?;
     Ok(file)
 }
@@ -217,9 +252,16 @@ async fn bind(addresses: &[SocketAddr]) -> anyhow::Result<Vec<TcpListener>> {
 /// Tells whoever started us that traffic may come, in one line.
 #[expect(clippy::print_stdout, reason = "the contract of `ionian serve`")]
 fn announce(config: &Config, port: u16) -> anyhow::Result<()> {
-    let ip = config.listen.first().map_or_else(|| "127.0.0.1".to_owned(), |address| {
-        if address.ip().is_unspecified() { "127.0.0.1".to_owned() } else { address.ip().to_string() }
-    });
+    let ip = config.listen.first().map_or_else(
+        || "127.0.0.1".to_owned(),
+        |address| {
+            if address.ip().is_unspecified() {
+                "127.0.0.1".to_owned()
+            } else {
+                address.ip().to_string()
+            }
+        },
+    );
     let url = format!("http://{ip}:{port}");
     fs::write(config.url_file(), &url).with_context(|| format!("cannot write {}", config.url_file().display()))?;
     println!("ionian ready url={url}");
@@ -247,7 +289,10 @@ fn trust(config: &Config) -> anyhow::Result<HostTrust> {
             if !path.is_file() {
                 bail!("the CA bundle {} does not exist", path.display());
             }
-            HostTrust { ca_bundle: Some(path.to_owned()), env: Vec::new() }
+            HostTrust {
+                ca_bundle: Some(path.to_owned()),
+                env: Vec::new(),
+            }
         }
     };
     trust.env.clone_from(&config.trust_env);

@@ -37,7 +37,13 @@ const fn setting(
     meaning: &'static str,
     apply: Apply,
 ) -> Setting {
-    Setting { section, key, default, meaning, apply }
+    Setting {
+        section,
+        key,
+        default,
+        meaning,
+        apply,
+    }
 }
 
 pub(crate) const SETTINGS: &[Setting] = &[
@@ -51,17 +57,25 @@ pub(crate) const SETTINGS: &[Setting] = &[
             Ok(())
         },
     ),
-    setting("server", "workspace", "\"ionian\"", "The first part of every web URL.", |config, text| {
-        let valid = !text.is_empty()
-            && text.len() <= 30
-            && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
-            && !text.contains("--");
-        if !valid {
-            return Err("use up to 30 lower-case letters, digits and single dashes".to_owned());
-        }
-        text.clone_into(&mut config.workspace);
-        Ok(())
-    }),
+    setting(
+        "server",
+        "workspace",
+        "\"ionian\"",
+        "The first part of every web URL.",
+        |config, text| {
+            let valid = !text.is_empty()
+                && text.len() <= 30
+                && text
+                    .chars()
+                    .all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+                && !text.contains("--");
+            if !valid {
+                return Err("use up to 30 lower-case letters, digits and single dashes".to_owned());
+            }
+            text.clone_into(&mut config.workspace);
+            Ok(())
+        },
+    ),
     setting(
         "server",
         "base_domain",
@@ -81,7 +95,11 @@ pub(crate) const SETTINGS: &[Setting] = &[
         "\"\"",
         "How the world reaches the listener, as in https://ionian.example.com; empty for the listener's own address.",
         |config, text| {
-            config.public = if text.is_empty() { None } else { Some(parse_public_url(text)?) };
+            config.public = if text.is_empty() {
+                None
+            } else {
+                Some(parse_public_url(text)?)
+            };
             Ok(())
         },
     ),
@@ -97,10 +115,16 @@ pub(crate) const SETTINGS: &[Setting] = &[
             Ok(())
         },
     ),
-    setting("log", "filter", "\"info\"", "What is logged to stderr, in tracing's filter syntax.", |config, text| {
-        text.clone_into(&mut config.log);
-        Ok(())
-    }),
+    setting(
+        "log",
+        "filter",
+        "\"info\"",
+        "What is logged to stderr, in tracing's filter syntax.",
+        |config, text| {
+            text.clone_into(&mut config.log);
+            Ok(())
+        },
+    ),
     setting(
         "images",
         "dir",
@@ -152,10 +176,16 @@ pub(crate) const SETTINGS: &[Setting] = &[
             Ok(())
         },
     ),
-    setting("images", "layouts_dir", "\"\"", "Where OCI layouts and archives lie.", |config, text| {
-        config.layouts_dir = (!text.is_empty()).then(|| PathBuf::from(text));
-        Ok(())
-    }),
+    setting(
+        "images",
+        "layouts_dir",
+        "\"\"",
+        "Where OCI layouts and archives lie.",
+        |config, text| {
+            config.layouts_dir = (!text.is_empty()).then(|| PathBuf::from(text));
+            Ok(())
+        },
+    ),
     setting(
         "images",
         "debian_mirror",
@@ -259,7 +289,9 @@ pub(crate) const SETTINGS: &[Setting] = &[
         |config, text| {
             config.trust_env = Vec::new();
             for pair in list(text) {
-                let (name, value) = pair.split_once('=').ok_or_else(|| format!("'{pair}' is not NAME=value"))?;
+                let (name, value) = pair
+                    .split_once('=')
+                    .ok_or_else(|| format!("'{pair}' is not NAME=value"))?;
                 config.trust_env.push((name.to_owned(), value.to_owned()));
             }
             Ok(())
@@ -269,7 +301,11 @@ pub(crate) const SETTINGS: &[Setting] = &[
 
 /// Values of a list are separated by commas in the environment.
 fn list(text: &str) -> Vec<String> {
-    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+    text.split(',')
+        .map(str::trim)
+        .filter(|item| !item.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 fn number(text: &str) -> Result<u32, String> {

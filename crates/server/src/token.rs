@@ -16,7 +16,9 @@ pub(crate) async fn open_store(config: &Config) -> anyhow::Result<Store> {
         .mode(0o700)
         .create(&config.data_dir)
         .with_context(|| format!("cannot create {}", config.data_dir.display()))?;
-    Store::open(&config.database()).await.with_context(|| format!("cannot open {}", config.database().display()))
+    Store::open(&config.database())
+        .await
+        .with_context(|| format!("cannot open {}", config.database().display()))
 }
 
 #[expect(clippy::print_stdout, reason = "the output of a command")]
@@ -40,7 +42,10 @@ pub(crate) async fn new(config: &Config, name: &str) -> anyhow::Result<()> {
     let url = match std::fs::read_to_string(config.url_file()) {
         Ok(url) => url.trim().to_owned(),
         // No server has run here yet: this is where one will be.
-        Err(_) => config.listen.first().map_or_else(String::new, |address| format!("http://{address}")),
+        Err(_) => config
+            .listen
+            .first()
+            .map_or_else(String::new, |address| format!("http://{address}")),
     };
     println!("export MODAL_SERVER_URL={url}");
     println!("export MODAL_TOKEN_ID={id}");
@@ -52,7 +57,11 @@ pub(crate) async fn new(config: &Config, name: &str) -> anyhow::Result<()> {
 pub(crate) async fn list(config: &Config) -> anyhow::Result<()> {
     let store = open_store(config).await?;
     for token in store.tokens().list().await? {
-        let state = if token.revoked_at.is_some() { "revoked" } else { "active" };
+        let state = if token.revoked_at.is_some() {
+            "revoked"
+        } else {
+            "active"
+        };
         println!("{}  {state:<8}  {}", token.id, token.name);
     }
     store.close().await;

@@ -33,27 +33,51 @@ async fn build(
         context: job
             .context
             .into_iter()
-            .map(|file| ContextEntry { path: file.path, sha256_hex: file.sha256_hex, mode: file.mode })
+            .map(|file| ContextEntry {
+                path: file.path,
+                sha256_hex: file.sha256_hex,
+                mode: file.mode,
+            })
             .collect(),
         secrets: job.secrets,
-        registry_auth: job.registry_login.map(|(username, password)| RegistryCredentials { username, password }),
+        registry_auth: job
+            .registry_login
+            .map(|(username, password)| RegistryCredentials { username, password }),
         force: job.force,
     };
     let (sender, mut receiver) = mpsc::channel::<ionian_worker::BuildLine>(LINES);
     let forward = async {
         while let Some(line) = receiver.recv().await {
             // Control keeps its end open until the build is over.
-            let _closed = lines.send(BuildLine { at: line.at, stream: line.stream, text: line.text }).await;
+            let _closed = lines
+                .send(BuildLine {
+                    at: line.at,
+                    stream: line.stream,
+                    text: line.text,
+                })
+                .await;
         }
     };
     let (result, ()) = tokio::join!(builder.build(request, sender, cancel), forward);
-    let image = result.map_err(|error| BuildFailure { by_user: error.is_user_fault(), message: text_of(&error) })?;
+    let image = result.map_err(|error| BuildFailure {
+        by_user: error.is_user_fault(),
+        message: text_of(&error),
+    })?;
     if image.metadata.python_version_info.is_some()
         && let Err(error) = builder.prepare_client(&client_version, &image).await
     {
         // Not the image's fault, and the first start tries again and then fails with this very reason.
-        let text = format!("the client {client_version} could not be prepared for this image: {}\n", text_of(&error));
-        let _closed = lines.send(BuildLine { at: Timestamp::now(), stream: LogStream::Info, text }).await;
+        let text = format!(
+            "the client {client_version} could not be prepared for this image: {}\n",
+            text_of(&error)
+        );
+        let _closed = lines
+            .send(BuildLine {
+                at: Timestamp::now(),
+                stream: LogStream::Info,
+                text,
+            })
+            .await;
     }
     Ok(image)
 }

@@ -79,7 +79,10 @@ pub(super) fn worker(
         scratch_dir,
         volatile_dir: Path::new(VOLATILE_DIR).to_owned(),
     });
-    let bundles = Arc::new(ClientBundles::new(ClientBundlesConfig { pip_env, ..ClientBundlesConfig::default() }));
+    let bundles = Arc::new(ClientBundles::new(ClientBundlesConfig {
+        pip_env,
+        ..ClientBundlesConfig::default()
+    }));
     let process_python = config.process_python.clone();
     let (open_images, open_steps, open_bundles) = (images.clone(), Arc::clone(&steps), Arc::clone(&bundles));
     let builder = ionian_worker::Builder::new(images, bundles, steps);
@@ -104,18 +107,18 @@ fn content_files(content: ContentStore) -> ContextFiles {
     Arc::new(move |sha256_hex| {
         let invalid = |reason: String| std::io::Error::new(std::io::ErrorKind::NotFound, reason);
         let hash: ContentHash = sha256_hex.parse().map_err(|error| invalid(format!("{error}")))?;
-        content.local_path(hash).ok_or_else(|| invalid(format!("the content {sha256_hex} is not on this host")))
+        content
+            .local_path(hash)
+            .ok_or_else(|| invalid(format!("the content {sha256_hex} is not on this host")))
     })
 }
 
 /// gRPC by content type, everything else by path.
-pub(super) async fn answer(
-    api: &Api,
-    router: axum::Router,
-    request: Request<Incoming>,
-) -> Response<axum::body::Body> {
-    let is_grpc =
-        request.headers().get(CONTENT_TYPE).is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
+pub(super) async fn answer(api: &Api, router: axum::Router, request: Request<Incoming>) -> Response<axum::body::Body> {
+    let is_grpc = request
+        .headers()
+        .get(CONTENT_TYPE)
+        .is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"));
     if is_grpc {
         return api.call(request).await.map(axum::body::Body::new);
     }
