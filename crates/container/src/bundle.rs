@@ -76,7 +76,10 @@ const MAX_CPU_SHARES: u64 = 262_144;
 /// Where the parts of one container's bundle are.
 #[derive(Debug, Clone)]
 pub(crate) struct BundlePaths {
+    /// On disk: the mounted root, the scratch layer and small files.
     pub directory: PathBuf,
+    /// In memory: the specification, whose environment may hold secrets.
+    pub specification: PathBuf,
 }
 
 impl BundlePaths {
@@ -101,7 +104,7 @@ impl BundlePaths {
     }
 
     fn config(&self) -> PathBuf {
-        self.directory.join("config.json")
+        self.specification.join("config.json")
     }
 
     fn hosts(&self) -> PathBuf {
@@ -355,6 +358,7 @@ mod tests {
     fn json(launch: &Launch, identity: &Identity) -> serde_json::Value {
         let paths = BundlePaths {
             directory: PathBuf::from("/bundle"),
+            specification: PathBuf::from("/memory/bundle"),
         };
         let facts = BundleFacts {
             paths: &paths,

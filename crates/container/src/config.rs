@@ -13,9 +13,12 @@ use sha2::{Digest, Sha256};
 pub struct ContainerConfig {
     /// Names bridge, firewall table and control groups. Any text; its hash is used where names are short.
     pub instance_id: String,
-    /// Owned by this crate as a whole: scratch layers, bundles and runc's state. On a file system that
+    /// Owned by this crate as a whole: mounted roots and scratch layers. On a file system that
     /// overlayfs accepts as an upper layer (not itself an overlay).
     pub state_dir: PathBuf,
+    /// On a file system in memory: specifications of containers and runc's own state, both of which repeat
+    /// the containers' environments, secrets included.
+    pub volatile_dir: PathBuf,
     /// `None` looks for `runc` in `PATH`.
     pub runc_path: Option<PathBuf>,
     /// The control group under which each instance has one of its own.
@@ -33,8 +36,10 @@ impl ContainerConfig {
     pub const DEFAULT_WARM_NETWORK_SLOTS: usize = 4;
 
     pub fn new(instance_id: impl Into<String>, state_dir: impl Into<PathBuf>) -> Self {
+        let instance_id = instance_id.into();
         Self {
-            instance_id: instance_id.into(),
+            volatile_dir: PathBuf::from(format!("/dev/shm/ionian-{}", short_id(&instance_id))),
+            instance_id,
             state_dir: state_dir.into(),
             runc_path: None,
             cgroup_parent: "/ionian".to_owned(),
@@ -47,8 +52,7 @@ impl ContainerConfig {
     /// Eight hexadecimal digits that stand for the instance where names are short (interfaces have 15
     /// characters).
     pub fn short_id(&self) -> String {
-        let digest = Sha256::digest(self.instance_id.as_bytes());
-        hex::encode(&digest[..4])
+        short_id(&self.instance_id)
     }
 
     /// `<cgroup_parent>/<short id>`, absolute in each hierarchy.
@@ -61,8 +65,17 @@ impl ContainerConfig {
     }
 
     pub(crate) fn runc_root(&self) -> PathBuf {
-        self.state_dir.join("runc")
+        self.volatile_dir.join("runc")
     }
+
+    pub(crate) fn specifications_dir(&self) -> PathBuf {
+        self.volatile_dir.join("bundles")
+    }
+}
+
+fn short_id(instance_id: &str) -> String {
+    let digest = Sha256::digest(instance_id.as_bytes());
+    hex::encode(&digest[..4])
 }
 
 /// A range of private IPv4 addresses, at least a /22.

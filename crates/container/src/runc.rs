@@ -164,7 +164,14 @@ impl Runtime for RuncRuntime {
                 .cgroups
                 .remove(&inner.config.cgroup_path())
                 .map_err(ReapError::from)?;
-            Ok(())
+            let volatile = &inner.config.volatile_dir;
+            match std::fs::remove_dir_all(volatile) {
+                Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(ReapError::Remove {
+                    path: volatile.clone(),
+                    source,
+                }),
+                Ok(()) | Err(_) => Ok(()),
+            }
         })
         .await
     }
@@ -189,13 +196,27 @@ fn prepare_state_dir(config: &ContainerConfig) -> Result<Flock<File>, OpenError>
         let path = path.to_owned();
         move |source| OpenError::StateDir { path, source }
     };
-    for directory in [config.state_dir.clone(), config.containers_dir(), config.runc_root()] {
-        // Bundles hold secrets.
+    let directories = [
+        config.state_dir.clone(),
+        config.containers_dir(),
+        config.volatile_dir.clone(),
+        config.runc_root(),
+        config.specifications_dir(),
+    ];
+    for directory in directories {
+        // Specifications hold secrets.
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&directory)
             .map_err(failed(&directory))?;
+    }
+    let kind = nix::sys::statfs::statfs(&config.volatile_dir)
+        .map_err(|error| failed(&config.volatile_dir)(error.into()))?
+        .filesystem_type();
+    if kind != nix::sys::statfs::TMPFS_MAGIC {
+        // Said, and not refused: what is written here is removed with its container.
+        tracing::warn!(directory = %config.volatile_dir.display(), "not in memory: secrets of running containers touch the disk");
     }
     let path = config.state_dir.join("lock");
     let file = File::options()

@@ -49,6 +49,7 @@ impl Leftovers {
         }
         let paths = BundlePaths {
             directory: inner.config.containers_dir().join(name),
+            specification: inner.config.specifications_dir().join(name),
         };
         let leftovers = Self {
             inner: Arc::clone(inner),
@@ -58,15 +59,16 @@ impl Leftovers {
             slot: None,
             removed: false,
         };
-        // Secrets are in the bundle.
-        fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&paths.directory)
-            .map_err(|source| StartError::Prepare {
-                name: name.to_owned(),
-                path: paths.directory,
-                source,
-            })?;
+        for directory in [paths.directory, paths.specification] {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&directory)
+                .map_err(|source| StartError::Prepare {
+                    name: name.to_owned(),
+                    path: directory,
+                    source,
+                })?;
+        }
         Ok(leftovers)
     }
 
@@ -94,7 +96,12 @@ impl Leftovers {
                 source,
             }));
         }
-        for directory in [self.paths.directory.clone(), self.inner.config.runc_root().join(&name)] {
+        let directories = [
+            self.paths.directory.clone(),
+            self.paths.specification.clone(),
+            self.inner.config.runc_root().join(&name),
+        ];
+        for directory in directories {
             results.push(
                 remove_directory(&directory)
                     .map(|_| ())
@@ -220,7 +227,7 @@ pub(super) fn reap(
         }
     }
     report.interfaces = network::reap_links(&Names::of(config), links).map_err(ReapError::Network)?;
-    for parent in [containers.clone(), config.runc_root()] {
+    for parent in [containers.clone(), config.specifications_dir(), config.runc_root()] {
         for entry in fs::read_dir(&parent).map_err(read(&parent))? {
             let entry = entry.map_err(read(&parent))?;
             if live.contains(entry.file_name().to_string_lossy().as_ref()) {

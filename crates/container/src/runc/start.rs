@@ -151,7 +151,7 @@ pub(super) async fn start(
         // What is known about the end (out of memory) is read before the control group goes.
         .arg("--keep")
         .arg("--bundle")
-        .arg(&paths.directory)
+        .arg(&paths.specification)
         .arg("--pid-file")
         .arg(paths.pid_file())
         .arg(&name)
@@ -351,6 +351,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let paths = BundlePaths {
             directory: directory.path().to_owned(),
+            specification: directory.path().join("spec"),
         };
         assert_eq!(refusal(&paths), "runc failed without saying why");
         let log = concat!(

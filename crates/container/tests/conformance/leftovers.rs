@@ -171,7 +171,10 @@ async fn what_a_crash_leaves_is_reaped_at_the_next_start() {
     assert_eq!(processes_with(&duration), 0);
     assert_eq!(mounts(), 0);
     assert_eq!(std::fs::read_dir(state_dir.join("containers")).unwrap().count(), 0);
-    assert_eq!(std::fs::read_dir(state_dir.join("runc")).unwrap().count(), 0);
+    for directory in ["runc", "bundles"] {
+        let left = std::fs::read_dir(config.volatile_dir.join(directory)).unwrap().count();
+        assert_eq!(left, 0, "{directory}");
+    }
     let interfaces = nix::net::if_::if_nameindex().unwrap();
     let prefix = format!("iv{}", config.short_id());
     assert_eq!(

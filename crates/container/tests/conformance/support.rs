@@ -225,8 +225,17 @@ impl Platform {
                 );
             }
         }
-        for directory in ["containers", "runc"] {
-            let entries = fs::read_dir(self.config.state_dir.join(directory)).unwrap();
+        let volatile = &self.config.volatile_dir;
+        let directories = [
+            self.config.state_dir.join("containers"),
+            volatile.join("bundles"),
+            volatile.join("runc"),
+        ];
+        for directory in directories {
+            // The one in memory goes away with the platform.
+            let Ok(entries) = fs::read_dir(&directory) else {
+                continue;
+            };
             found.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
         }
         found
