@@ -70,38 +70,101 @@ pub enum Event {
     Recovered(Recovered),
     /// A function may run from now on, or runs with other settings. A changed definition replaces the
     /// function's containers.
-    FunctionActivated { function_id: FunctionId, settings: PoolSettings },
+    FunctionActivated {
+        function_id: FunctionId,
+        settings: PoolSettings,
+    },
     /// The function takes no more work; its waiting inputs end with `outcome`.
-    FunctionDeactivated { function_id: FunctionId, reason: StopReason, outcome: Outcome },
+    FunctionDeactivated {
+        function_id: FunctionId,
+        reason: StopReason,
+        outcome: Outcome,
+    },
 
-    CallStarted { call: Call, inputs: Vec<NewInput>, reply: ReplyId },
-    InputsPut { call_id: CallId, inputs: Vec<NewInput>, reply: ReplyId },
-    CallInputsFinished { call_id: CallId, count: u32, reply: ReplyId },
-    CallCancelled { call_id: CallId, outcome: Outcome, terminate_containers: bool, reply: ReplyId },
+    CallStarted {
+        call: Call,
+        inputs: Vec<NewInput>,
+        reply: ReplyId,
+    },
+    InputsPut {
+        call_id: CallId,
+        inputs: Vec<NewInput>,
+        reply: ReplyId,
+    },
+    CallInputsFinished {
+        call_id: CallId,
+        count: u32,
+        reply: ReplyId,
+    },
+    CallCancelled {
+        call_id: CallId,
+        outcome: Outcome,
+        terminate_containers: bool,
+        reply: ReplyId,
+    },
     /// The caller has read every output of a synchronous call.
-    CallConsumed { call_id: CallId },
+    CallConsumed {
+        call_id: CallId,
+    },
 
     /// A container asks for inputs. Its first poll says that it is ready.
-    PollStarted { container_id: ContainerId, poll: PollId, max_inputs: u32 },
+    PollStarted {
+        container_id: ContainerId,
+        poll: PollId,
+        max_inputs: u32,
+    },
     /// The poll's connection is gone or its hold is over.
-    PollDropped { container_id: ContainerId, poll: PollId },
+    PollDropped {
+        container_id: ContainerId,
+        poll: PollId,
+    },
     /// Inputs were handed to a poll whose connection was gone: the container never saw them.
-    DeliveryLost { container_id: ContainerId, inputs: Vec<InputId> },
+    DeliveryLost {
+        container_id: ContainerId,
+        inputs: Vec<InputId>,
+    },
     /// `@app.server` containers never poll; they say that they are ready.
-    ServerReady { container_id: ContainerId },
-    OutputsReported { container_id: ContainerId, outputs: Vec<AttemptReport>, reply: ReplyId },
+    ServerReady {
+        container_id: ContainerId,
+    },
+    OutputsReported {
+        container_id: ContainerId,
+        outputs: Vec<AttemptReport>,
+        reply: ReplyId,
+    },
     /// The runtime could not set the function up (import error, failing enter hook).
-    ContainerFailed { container_id: ContainerId, outcome: Outcome, reply: ReplyId },
-    ContainerStopRequested { container_id: ContainerId, graceful: bool, reply: ReplyId },
+    ContainerFailed {
+        container_id: ContainerId,
+        outcome: Outcome,
+        reply: ReplyId,
+    },
+    ContainerStopRequested {
+        container_id: ContainerId,
+        graceful: bool,
+        reply: ReplyId,
+    },
 
-    WorkerStarted { container_id: ContainerId },
-    WorkerExited { container_id: ContainerId, exit: ContainerExit },
+    WorkerStarted {
+        container_id: ContainerId,
+    },
+    WorkerExited {
+        container_id: ContainerId,
+        exit: ContainerExit,
+    },
 
     /// The ingress' whole view of a function's pool; replaces the one before.
-    WebDemand { function_id: FunctionId, queued: u32, containers: Vec<WebUse> },
+    WebDemand {
+        function_id: FunctionId,
+        queued: u32,
+        containers: Vec<WebUse>,
+    },
 
     /// Settings of the autoscaler changed at run time.
-    AutoscalerUpdated { function_id: FunctionId, autoscaler: Autoscaler, reply: ReplyId },
+    AutoscalerUpdated {
+        function_id: FunctionId,
+        autoscaler: Autoscaler,
+        reply: ReplyId,
+    },
     /// Nothing happened but time.
     Tick,
     /// Stop every container; the process is about to end.

@@ -7,19 +7,59 @@
 //! Who may do what: `control` owns the one task that calls `handle`, commits `Turn::writes` in one
 //! transaction and only then releases replies and commands. No error leaves this crate: a late or stale
 //! event is a normal case with a named branch, and a broken invariant is an assert with a sentence.
+//!
+//! # One turn
+//!
+//! Every event changes facts and marks the pools that it touched. Then what is due expires. Then each
+//! marked pool is reconciled once, however many events touched it: inputs go to containers that ask for
+//! them (`delivery`), the size that the pool should have is compared with what it has (`pools`), and
+//! pools that want more stand in line for the machine (`placement`). Last, the pool's next deadline is
+//! filed (`deadlines`). So a turn costs time for what it touched, not for what exists.
+//!
+//! # Who owns a waiting thing, and until when
+//!
+//! | State | Ends by | At the latest |
+//! |---|---|---|
+//! | input queued | a container's poll | its call is cancelled or its app stops; a pool that cannot start fails it |
+//! | input delayed | time | its back-off |
+//! | input running | its container's report or exit | the function's timeout, then the container is killed |
+//! | container starting | its first poll | `startup_timeout`, then it is killed |
+//! | container ready, idle | work, or its scale-down window | `POLL_SILENCE` where it does not ask for work |
+//! | container draining | its last input, then its kill switch | its deadline, then it is stopped |
+//! | container stopping | its exit | the worker's: SIGKILL after the grace time |
+//! | pool in line | room, or a start that is over | what holds the room: the rows above |
+//! | open call without inputs | its client | `FINISHED_CALL_MEMORY`, then it is closed |
+//!
+//! # Invariants
+//!
+//! Checked after every turn of the simulation (`tests/invariants.rs`), each with a deliberate mistake that
+//! it catches (`breaks`): an accepted input is exactly one of queued, delayed, running or finished; its
+//! outcome is recorded once and comes from the live attempt; nothing is answered before its write;
+//! recovered state equals live state; no container beyond its slots, no pool beyond its maximum, no
+//! machine beyond its resources; when faults stop, everything finishes and idle pools reach their minimum.
 
 mod attempts;
+mod breaks;
 mod calls;
 mod containers;
+mod deadlines;
+mod delivery;
 mod event;
+mod exits;
+mod placement;
 mod pools;
 mod recovery;
 mod state;
 mod turn;
+mod views;
+mod web;
+
+#[cfg(test)]
+mod tests;
 
 pub use event::{AttemptReport, Event, PollId, PoolSettings, Refusal, ReplyId, WebUse};
-pub use state::{ContainerView, PoolStats};
 pub use turn::{Command, Delivery, DesiredEntry, Reply, Turn};
+pub use views::{ContainerView, PoolStats};
 
 use std::time::Duration;
 
@@ -33,8 +73,9 @@ pub struct Config {
     /// CPU that containers may ask for in total, in thousandths of a core.
     pub cpu_millis: u32,
     pub memory_mib: u32,
-    /// Containers that may be starting at the same time: importing Python is CPU-bound, so more than
-    /// the machine has cores only makes all of them late.
+    /// Containers that may be in the first seconds of their start at the same time: importing Python is
+    /// CPU-bound, so more than the machine has cores only makes all of them late. A start that takes
+    /// longer than `placement::START_BURST` waits for something else, and no longer counts.
     pub max_starting: u32,
     /// Inputs that may wait for one function. Beyond it callers are told to slow down.
     pub max_queued_inputs: usize,
@@ -69,7 +110,9 @@ pub struct Scheduler {
 
 impl Scheduler {
     pub fn new(config: Config) -> Self {
-        Self { state: State::new(config) }
+        Self {
+            state: State::new(config),
+        }
     }
 
     /// Applies a batch of events. `fresh` draws ids for the containers that this turn starts.
@@ -80,7 +123,7 @@ impl Scheduler {
         }
         self.state.expire(now, &mut turn);
         self.state.reconcile(now, &mut turn, fresh);
-        turn.wake_at = self.state.next_deadline(now);
+        turn.wake_at = self.state.next_wake(now);
         turn
     }
 

@@ -1,16 +1,37 @@
 //! Pools: how many containers a function has. Decisions follow events and deadlines, never a period.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use ionian_domain::container::StopReason;
 use ionian_domain::function::Autoscaler;
-use ionian_domain::record::Write;
 use ionian_domain::{ContainerId, FunctionId, InputId, Outcome, Timestamp};
 
+use crate::breaks::Break;
 use crate::event::{PoolSettings, Refusal, ReplyId};
-use crate::state::{Container, Phase, Pool, State};
+use crate::state::{Container, InputState, Phase, Pool, State, count};
 use crate::turn::{Reply, Turn};
 
-/// How often finished calls are looked through; each look costs time proportional to their number.
-const CALL_SWEEP_PERIOD: std::time::Duration = std::time::Duration::from_secs(60);
+impl Pool {
+    fn new(settings: PoolSettings) -> Self {
+        Self {
+            settings,
+            active: true,
+            queue: BTreeMap::new(),
+            delayed: BTreeSet::new(),
+            containers: BTreeSet::new(),
+            web_queued: 0,
+            failures: 0,
+            start_not_before: None,
+            ticket: None,
+            deadline: None,
+        }
+    }
+
+    /// A function that serves no requests any more may still have been asked for some.
+    fn waiting_requests(&self) -> u32 {
+        if self.settings.is_web { self.web_queued } else { 0 }
+    }
+}
 
 impl State {
     pub(crate) fn function_activated(
@@ -22,17 +43,25 @@ impl State {
     ) {
         self.dirty.insert(function_id);
         let Some(pool) = self.pools.get_mut(&function_id) else {
-            self.pools.insert(function_id, Pool::new(settings));
+            let web_queued = self.web_waiting.remove(&function_id).unwrap_or(0);
+            self.pools.insert(
+                function_id,
+                Pool {
+                    web_queued,
+                    ..Pool::new(settings)
+                },
+            );
             return;
         };
-        let replaced = pool.settings.definition_id != settings.definition_id;
+        let is_replaced = pool.settings.definition_id != settings.definition_id;
+        let is_restarted = !pool.active;
         pool.settings = settings;
         pool.active = true;
-        if !replaced {
-            return;
+        if is_replaced || is_restarted {
+            // Somebody did something about it: the next start is a first one.
+            pool.failures = 0;
+            pool.start_not_before = None;
         }
-        pool.failures = 0;
-        pool.start_not_before = None;
         let definition = pool.settings.definition_id;
         for container_id in self.containers_of(function_id, |c| c.definition_id != definition && c.is_live()) {
             self.drain(now, container_id, StopReason::Superseded, turn);
@@ -48,12 +77,28 @@ impl State {
         outcome: &Outcome,
         turn: &mut Turn,
     ) {
-        let Some(pool) = self.pools.get_mut(&function_id) else { return };
+        let Some(pool) = self.pools.get_mut(&function_id) else {
+            return;
+        };
+        self.dirty.insert(function_id);
         pool.active = false;
-        pool.web_queued = 0;
-        let inputs: Vec<InputId> =
-            self.inputs.iter().filter(|(_, input)| input.function_id == function_id).map(|(id, _)| *id).collect();
-        for input_id in inputs {
+        let waiting = pool
+            .queue
+            .values()
+            .copied()
+            .chain(pool.delayed.iter().map(|(_, input_id)| *input_id));
+        let mut unfinished: Vec<InputId> = waiting.collect();
+        let pool = &self.pools[&function_id];
+        for (container_id, container) in self.containers_in(pool) {
+            // An entry can be older than the input's present attempt, which then waits or runs elsewhere.
+            let is_held = |id: &&InputId| {
+                self.inputs
+                    .get(*id)
+                    .is_some_and(|input| input.state == InputState::Running { container_id })
+            };
+            unfinished.extend(container.running.keys().filter(is_held));
+        }
+        for input_id in unfinished {
             self.finish_input(now, input_id, None, None, outcome.clone(), turn);
         }
         for container_id in self.containers_of(function_id, |_| true) {
@@ -75,267 +120,164 @@ impl State {
                 self.dirty.insert(function_id);
                 turn.replies.push(Reply::Accepted(reply));
             }
-            None => turn.replies.push(Reply::Refused { reply, refusal: Refusal::UnknownFunction }),
+            None => self.refuse(reply, Refusal::UnknownFunction, turn),
         }
     }
 
     pub(crate) fn drop_pool_if_unused(&mut self, function_id: FunctionId) {
-        let unused = self.pools.get(&function_id).is_some_and(|pool| !pool.active)
-            && !self.containers.values().any(|c| c.function_id == function_id);
-        if unused {
-            self.pools.remove(&function_id);
+        if self
+            .pools
+            .get(&function_id)
+            .is_some_and(|pool| !pool.active && pool.containers.is_empty())
+        {
+            self.leave_line(function_id);
+            self.unfile_deadline(function_id);
+            if let Some(pool) = self.pools.remove(&function_id) {
+                self.note_waiting(function_id, pool.web_queued);
+            }
             self.dirty.remove(&function_id);
         }
     }
 
-    pub(crate) fn containers_of(
-        &self,
-        function_id: FunctionId,
-        filter: impl Fn(&Container) -> bool,
-    ) -> Vec<ContainerId> {
-        self.containers
-            .iter()
-            .filter(|(_, c)| c.function_id == function_id && filter(c))
-            .map(|(id, _)| *id)
-            .collect()
-    }
-
-    /// Everything whose time has come.
-    pub(crate) fn expire(&mut self, now: Timestamp, turn: &mut Turn) {
-        self.expire_attempts(now, turn);
-        self.expire_containers(now, turn);
-        if now.since(self.calls_swept_at) >= CALL_SWEEP_PERIOD {
-            self.calls_swept_at = now;
-            self.forget_finished_calls(now);
-        }
-        let due: Vec<FunctionId> = self
-            .pools
-            .iter()
-            .filter(|(id, pool)| self.pool_deadline(**id, pool).is_some_and(|deadline| deadline <= now))
-            .map(|(id, _)| *id)
-            .collect();
-        self.dirty.extend(due);
-    }
-
+    /// Brings every pool that this turn touched to where it should be.
     pub(crate) fn reconcile(&mut self, now: Timestamp, turn: &mut Turn, fresh: &mut dyn FnMut() -> ContainerId) {
+        let mut touched = BTreeSet::new();
+        // Draining marks the pool again; it ends, since a container drains once.
         while let Some(function_id) = self.dirty.pop_first() {
+            touched.insert(function_id);
             self.deliver(now, function_id, turn);
-            self.scale(now, function_id, turn, fresh);
+            self.resize(now, function_id, turn);
+        }
+        self.start_containers(now, turn, fresh);
+        // Pools that got containers, and pools that lost a spare one and want it back when there is room.
+        while let Some(function_id) = self.dirty.pop_first() {
+            touched.insert(function_id);
+            self.resize(now, function_id, turn);
+        }
+        for function_id in touched {
+            self.file_deadline(now, function_id);
         }
     }
 
-    fn scale(
-        &mut self,
-        now: Timestamp,
-        function_id: FunctionId,
-        turn: &mut Turn,
-        fresh: &mut dyn FnMut() -> ContainerId,
-    ) {
-        let Some(pool) = self.pools.get(&function_id) else { return };
+    /// Compares the pool's size with what it should be: stands in line for more, or drains.
+    fn resize(&mut self, now: Timestamp, function_id: FunctionId, turn: &mut Turn) {
+        let Some(pool) = self.pools.get(&function_id) else {
+            return;
+        };
         if !pool.active || self.shutting_down {
+            self.leave_line(function_id);
             return;
         }
-        let wanted = self.wanted_containers(function_id, pool);
-        let live = self.containers_of(function_id, Container::is_live);
-        let live_count = u32::try_from(live.len()).unwrap_or(u32::MAX);
-        if live_count < wanted {
-            if pool.start_not_before.is_none_or(|until| until <= now) {
-                self.start_containers(now, function_id, wanted - live_count, turn, fresh);
-            }
-        } else {
-            self.starved.remove(&function_id);
-            self.scale_down(now, function_id, &live, wanted, turn);
+        let is_paused = pool.start_not_before.is_some_and(|until| until > now);
+        if self.shortfall(pool, true) > 0 && !is_paused {
+            self.join_line(function_id);
+            return;
+        }
+        let surplus = self.surplus(now, pool);
+        self.leave_line(function_id);
+        for container_id in surplus {
+            self.drain(now, container_id, StopReason::ScaleDown, turn);
         }
     }
 
-    /// How many containers the function should have.
-    fn wanted_containers(&self, function_id: FunctionId, pool: &Pool) -> u32 {
+    /// How many containers the function should have: with or without those that only wait for more work.
+    fn wanted(&self, pool: &Pool, with_buffer: bool) -> u32 {
         let settings = &pool.settings;
-        let per_container = match settings.batching {
-            Some(batching) => batching.max_size,
-            None if settings.is_web => settings.slots,
-            None => settings.target_slots,
-        }
-        .max(1);
-        let running: u32 = self
-            .containers
-            .values()
-            .filter(|c| c.function_id == function_id && c.is_live())
-            .map(|c| u32::try_from(c.running.len()).unwrap_or(u32::MAX) + c.web_in_flight)
-            .sum();
-        let demand = u32::try_from(pool.queue.len()).unwrap_or(u32::MAX).saturating_add(pool.web_queued) + running;
-        let mut wanted = demand.div_ceil(per_container);
-        if demand > 0 {
+        let running = self
+            .containers_in(pool)
+            .filter(|(_, container)| container.is_live())
+            .fold(0u32, |sum, (_, container)| sum.saturating_add(container.load()));
+        let demand = count(pool.queue.len())
+            .saturating_add(pool.waiting_requests())
+            .saturating_add(running);
+        let mut wanted = demand.div_ceil(settings.planned_load());
+        if demand > 0 && with_buffer {
             wanted = wanted.saturating_add(settings.autoscaler.buffer_containers);
         }
-        wanted = wanted.max(settings.autoscaler.min_containers);
-        if let Some(max) = settings.autoscaler.max_containers {
-            wanted = wanted.min(max.max(1));
-        }
-        wanted
+        wanted.max(settings.autoscaler.min_containers).min(settings.maximum())
     }
 
-    fn start_containers(
-        &mut self,
-        now: Timestamp,
-        function_id: FunctionId,
-        count: u32,
-        turn: &mut Turn,
-        fresh: &mut dyn FnMut() -> ContainerId,
-    ) {
-        let settings = self.pools[&function_id].settings.clone();
-        for _ in 0..count {
-            let starting = self.containers.values().filter(|c| matches!(c.phase, Phase::Starting { .. })).count();
-            if starting >= self.config.max_starting as usize || !self.has_room(&settings) {
-                // Tried again when a container becomes ready or ends.
-                self.starved.insert(function_id);
-                return;
-            }
-            let container_id = fresh();
-            turn.desired_changed = true;
-            turn.writes.push(Write::ContainerCreated {
-                container_id,
-                app_id: settings.app_id,
-                function_id,
-                at: now,
-            });
-            self.containers.insert(
-                container_id,
-                Container {
-                    app_id: settings.app_id,
-                    function_id,
-                    definition_id: settings.definition_id,
-                    phase: Phase::Starting { deadline: now + settings.startup_timeout },
-                    created_at: now,
-                    started: false,
-                    running: std::collections::BTreeMap::new(),
-                    poll: None,
-                    idle_since: None,
-                    web_in_flight: 0,
-                    ever_ready: false,
-                    is_web: settings.is_web,
-                    cpu_millis: settings.cpu_millis,
-                    memory_mib: settings.memory_mib,
-                },
-            );
-        }
-        self.starved.remove(&function_id);
+    fn live_count(&self, pool: &Pool) -> u32 {
+        count(
+            self.containers_in(pool)
+                .filter(|(_, container)| container.is_live())
+                .count(),
+        )
     }
 
-    /// Whether the machine has room for one more container of these settings. What asks for more than
-    /// the whole machine gets the whole machine: it starts when nothing else runs.
-    fn has_room(&self, settings: &PoolSettings) -> bool {
-        if self.containers.is_empty() {
-            return true;
+    /// How many containers may start now.
+    pub(crate) fn shortfall(&self, pool: &Pool, with_buffer: bool) -> u32 {
+        if !pool.active {
+            return 0;
         }
-        let cpu: u32 = self.containers.values().map(|c| c.cpu_millis).sum();
-        let memory: u32 = self.containers.values().map(|c| c.memory_mib).sum();
-        cpu.saturating_add(settings.cpu_millis) <= self.config.cpu_millis
-            && memory.saturating_add(settings.memory_mib) <= self.config.memory_mib
+        let missing = self.wanted(pool, with_buffer).saturating_sub(self.live_count(pool));
+        if self.is_broken(Break::IgnoresMaximum) {
+            return missing;
+        }
+        // A container that ends counts until it is gone: a maximum of one says that two must never run.
+        // Those of an older definition do not, or a deploy would wait for the longest input.
+        let existing = self
+            .containers_in(pool)
+            .filter(|(_, c)| c.definition_id == pool.settings.definition_id)
+            .count();
+        missing.min(pool.settings.maximum().saturating_sub(count(existing)))
     }
 
-    /// Drains containers that were idle for their window.
-    fn scale_down(
-        &mut self,
-        now: Timestamp,
-        function_id: FunctionId,
-        live: &[ContainerId],
-        wanted: u32,
-        turn: &mut Turn,
-    ) {
-        let window = self.pools[&function_id].settings.autoscaler.scaledown_window;
-        let mut surplus = u32::try_from(live.len()).unwrap_or(u32::MAX).saturating_sub(wanted);
-        // Newest first: the oldest is the one that requests are packed onto.
-        let mut idle: Vec<(Timestamp, ContainerId)> = live
-            .iter()
-            .filter_map(|id| {
-                let container = &self.containers[id];
-                let since = container.idle_since.filter(|_| container.phase == Phase::Ready && container.is_empty())?;
-                (now.since(since) >= window).then_some((container.created_at, *id))
-            })
+    /// Containers that can end, newest first: the oldest is the one that work is packed onto.
+    fn surplus(&self, now: Timestamp, pool: &Pool) -> Vec<ContainerId> {
+        if self.is_broken(Break::NeverScalesDown) {
+            return Vec::new();
+        }
+        let count = self.live_count(pool).saturating_sub(self.wanted(pool, true));
+        let window = pool.settings.autoscaler.scaledown_window;
+        let mut idle: Vec<(Timestamp, ContainerId)> = self
+            .idle_containers(pool)
+            .filter(|(_, since, _)| now.since(*since) >= window)
+            .map(|(id, _, container)| (container.created_at, id))
             .collect();
         idle.sort_unstable();
-        while surplus > 0
-            && let Some((_, container_id)) = idle.pop()
-        {
-            self.drain(now, container_id, StopReason::ScaleDown, turn);
-            surplus -= 1;
-        }
+        idle.into_iter().rev().take(count as usize).map(|(_, id)| id).collect()
     }
 
-    /// When this pool must be looked at again although nothing happens.
-    fn pool_deadline(&self, function_id: FunctionId, pool: &Pool) -> Option<Timestamp> {
-        if !pool.active {
+    pub(crate) fn next_scale_down(&self, pool: &Pool) -> Option<Timestamp> {
+        if self.live_count(pool) <= self.wanted(pool, true) || self.is_broken(Break::NeverScalesDown) {
             return None;
         }
-        let mut deadline = pool.delayed.first().map(|(until, _)| *until);
-        let mut consider = |candidate: Timestamp| {
-            deadline = Some(deadline.map_or(candidate, |current| current.min(candidate)));
-        };
-        if let (Some(batching), Some(opened), false) =
-            (pool.settings.batching, pool.batch_opened, pool.queue.is_empty())
-            && pool.queue.len() < batching.max_size as usize
-        {
-            consider(opened + batching.wait);
-        }
-        let wanted = self.wanted_containers(function_id, pool);
-        let live = self.containers_of(function_id, Container::is_live).len();
-        if let Some(until) = pool.start_not_before
-            && live < wanted as usize
-        {
-            consider(until);
-        }
-        if live > wanted as usize {
-            let window = pool.settings.autoscaler.scaledown_window;
-            for container in self.containers.values().filter(|c| {
-                c.function_id == function_id && c.phase == Phase::Ready && c.is_empty()
-            }) {
-                if let Some(since) = container.idle_since {
-                    consider(since + window);
-                }
-            }
-        }
-        deadline
+        let oldest = self.idle_containers(pool).map(|(_, since, _)| since).min()?;
+        Some(oldest + pool.settings.autoscaler.scaledown_window)
     }
 
-    pub(crate) fn next_deadline(&self, now: Timestamp) -> Option<Timestamp> {
-        let mut deadline: Option<Timestamp> = None;
-        let mut consider = |candidate: Timestamp| {
-            // A deadline in the past would spin; what is overdue was handled in this turn, and what could
-            // not be handled (no room) waits for an event.
-            if candidate > now {
-                deadline = Some(deadline.map_or(candidate, |current| current.min(candidate)));
-            }
-        };
-        for (function_id, pool) in &self.pools {
-            if let Some(candidate) = self.pool_deadline(*function_id, pool) {
-                consider(candidate);
-            }
+    /// Ready containers without work, with the time since when.
+    fn idle_containers<'a>(
+        &'a self,
+        pool: &'a Pool,
+    ) -> impl Iterator<Item = (ContainerId, Timestamp, &'a Container)> + 'a {
+        self.containers_in(pool)
+            .filter(|(_, container)| container.phase == Phase::Ready && container.is_empty())
+            .filter_map(|(id, container)| container.idle_since.map(|since| (id, since, container)))
+    }
+
+    /// Idle containers that this pool can do without while another pool cannot start: all beyond its
+    /// minimum and beyond what it works with, if nothing waits for them.
+    pub(crate) fn spare_containers(&self, pool: &Pool) -> Vec<(Timestamp, ContainerId)> {
+        if !pool.queue.is_empty() || pool.waiting_requests() > 0 {
+            return Vec::new();
         }
-        for container in self.containers.values() {
-            match container.phase {
-                Phase::Starting { deadline } | Phase::Draining { deadline, .. } => consider(deadline),
-                Phase::Ready | Phase::Stopping { .. } => {}
-            }
-            for running in container.running.values() {
-                consider(running.abandoned_until.unwrap_or(running.deadline));
-            }
-        }
-        deadline
+        let needed = if pool.active { self.wanted(pool, false) } else { 0 };
+        let spare = self.live_count(pool).saturating_sub(needed);
+        let mut idle: Vec<(Timestamp, ContainerId)> =
+            self.idle_containers(pool).map(|(id, since, _)| (since, id)).collect();
+        idle.sort_unstable();
+        idle.truncate(spare as usize);
+        idle
     }
 }
 
-impl Pool {
-    pub(crate) fn new(settings: PoolSettings) -> Self {
-        Self {
-            settings,
-            active: true,
-            queue: std::collections::VecDeque::new(),
-            delayed: std::collections::BTreeSet::new(),
-            batch_opened: None,
-            web_queued: 0,
-            failures: 0,
-            start_not_before: None,
-        }
+impl PoolSettings {
+    /// A maximum of none would be a function that cannot run; the client refuses it.
+    pub(crate) fn maximum(&self) -> u32 {
+        self.autoscaler
+            .max_containers
+            .map_or(u32::MAX, |maximum| maximum.max(1))
     }
 }

@@ -1,15 +1,27 @@
 //! The scheduler's state: pools, containers, calls and inputs, in maps of fixed order.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::Duration;
 
-use ionian_domain::call::{AttemptNumber, Call};
+use ionian_domain::call::{AttemptNumber, Call, CallKind};
 use ionian_domain::container::StopReason;
-use ionian_domain::worker::DesiredState;
-use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp};
+use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp};
 
-use crate::event::{Event, PollId, PoolSettings, WebUse};
-use crate::turn::{DesiredEntry, Turn};
 use crate::Config;
+use crate::event::{Event, PollId, PoolSettings};
+use crate::turn::Turn;
+
+/// Inputs and calls that were forgotten a moment ago, by which a repeated request is known. A repetition
+/// whose first try finished earlier finds it in the store, so this covers only requests that overtake
+/// each other on their way here; the number bounds the memory.
+const REMEMBERED: usize = 8_192;
+
+/// Counts inputs in the order in which they came. An input keeps its number when it must wait again, so
+/// that it comes before everything younger, in memory as after a recovery.
+pub(crate) type Arrival = u64;
+
+/// Counts pools in the order in which they asked for the machine.
+pub(crate) type Ticket = u64;
 
 /// One function's containers and waiting inputs.
 #[derive(Debug)]
@@ -17,34 +29,49 @@ pub(crate) struct Pool {
     pub settings: PoolSettings,
     /// False once its app stopped: nothing starts, nothing is accepted.
     pub active: bool,
-    pub queue: VecDeque<InputId>,
+    pub queue: BTreeMap<Arrival, InputId>,
     /// Retries that wait for their back-off.
     pub delayed: BTreeSet<(Timestamp, InputId)>,
-    /// When the oldest waiting input of a batched function arrived.
-    pub batch_opened: Option<Timestamp>,
+    /// All of its containers, ending ones too.
+    pub containers: BTreeSet<ContainerId>,
+    /// Requests that wait in the ingress, as it last said.
     pub web_queued: u32,
-    /// Containers in a row that failed before they were ready.
+    /// Containers in a row that were of no use: not set up, or gone before they served anything.
     pub failures: u32,
     /// No container starts before this, after failures.
     pub start_not_before: Option<Timestamp>,
+    /// Its place in [`State::line`], while it wants containers that it does not have.
+    pub ticket: Option<Ticket>,
+    /// As filed in [`State::deadlines`]. Written by `deadlines` alone.
+    pub deadline: Option<Timestamp>,
 }
 
 /// Where a container is in its life. It leaves the map when its exit was reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
-    Starting { deadline: Timestamp },
+    Starting {
+        deadline: Timestamp,
+    },
     Ready,
     /// Gets no new inputs. Once empty it gets its kill switch; at the deadline it is stopped.
-    Draining { reason: StopReason, deadline: Timestamp, kill_switch_sent: bool },
+    Draining {
+        reason: StopReason,
+        deadline: Timestamp,
+        /// The ingress has not yet said what it has there, since it was told to give no more.
+        awaits_ingress: bool,
+    },
     /// The worker was told to end it.
-    Stopping { reason: StopReason, grace: std::time::Duration },
+    Stopping {
+        reason: StopReason,
+        grace: Duration,
+    },
 }
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct RunningInput {
     pub attempt: AttemptNumber,
     pub deadline: Timestamp,
-    /// The input has its outcome already (cancelled, timed out); the runtime has until then to let go.
+    /// The attempt was decided already (cancelled, timed out); the runtime has until then to let go.
     pub abandoned_until: Option<Timestamp>,
 }
 
@@ -55,13 +82,18 @@ pub(crate) struct Container {
     pub definition_id: DefinitionId,
     pub phase: Phase,
     pub created_at: Timestamp,
-    pub started: bool,
     pub running: BTreeMap<InputId, RunningInput>,
     pub poll: Option<(PollId, u32)>,
+    /// When its last poll ended, while it has none.
+    pub silent_since: Option<Timestamp>,
     /// Set while it has nothing to do.
     pub idle_since: Option<Timestamp>,
     pub web_in_flight: u32,
-    pub ever_ready: bool,
+    pub ready_at: Option<Timestamp>,
+    /// It answered an input or a request: its start was worth it.
+    pub has_served: bool,
+    /// It said by [`Event::ServerReady`] that it is ready, and asks for nothing.
+    pub never_polls: bool,
     pub is_web: bool,
     pub cpu_millis: u32,
     pub memory_mib: u32,
@@ -76,16 +108,69 @@ impl Container {
     pub(crate) fn is_empty(&self) -> bool {
         self.running.is_empty() && self.web_in_flight == 0
     }
+
+    /// Inputs and requests that it has.
+    pub(crate) fn load(&self) -> u32 {
+        count(self.running.len()).saturating_add(self.web_in_flight)
+    }
+
+    /// Whether it still has to let go of an attempt that was taken from it.
+    pub(crate) fn is_letting_go(&self) -> bool {
+        self.running.values().any(|running| running.abandoned_until.is_some())
+    }
+
+    /// Notes when its last input or request left it.
+    pub(crate) fn note_idle(&mut self, now: Timestamp) {
+        if self.is_empty() && self.idle_since.is_none() && self.ready_at.is_some() {
+            self.idle_since = Some(now);
+        }
+    }
+
+    /// Ends its poll from our side.
+    pub(crate) fn take_poll(&mut self, now: Timestamp) -> Option<(PollId, u32)> {
+        let poll = self.poll.take();
+        if poll.is_some() {
+            self.silent_since = Some(now);
+        }
+        poll
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct CallState {
     pub call: Call,
+    /// Unfinished ones.
     pub inputs: BTreeSet<InputId>,
     pub input_count: u32,
     pub finished_count: u32,
     pub last_sequence: u64,
     pub last_active: Timestamp,
+    /// Set once it was cancelled: inputs that were on their way get this outcome.
+    pub cancelled: Option<Outcome>,
+}
+
+impl CallState {
+    pub(crate) fn new(now: Timestamp, call: Call) -> Self {
+        Self {
+            call,
+            inputs: BTreeSet::new(),
+            input_count: 0,
+            finished_count: 0,
+            last_sequence: 0,
+            last_active: now,
+            cancelled: None,
+        }
+    }
+
+    /// Whether all that will come has come, by the store's rule: such a call is not recovered once its
+    /// inputs have finished.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.call.finished_inputs.is_some()
+            || match self.call.kind {
+                CallKind::Unary => self.input_count > 0,
+                CallKind::Map => false,
+            }
+    }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,12 +186,50 @@ pub(crate) struct Input {
     pub call_id: CallId,
     pub function_id: FunctionId,
     pub index: u32,
+    pub arrival: Arrival,
     pub attempt: AttemptNumber,
     pub retries_used: u32,
-    /// Attempts lost through no fault of the user's.
-    pub lost_attempts: u32,
     pub state: InputState,
-    pub created_at: Timestamp,
+    /// From when a batch may wait for more.
+    pub waiting_since: Timestamp,
+}
+
+impl Input {
+    /// Attempts lost through no fault of the user's: those that no retry policy paid for.
+    pub(crate) fn lost_attempts(&self) -> u32 {
+        self.attempt.0.saturating_sub(self.retries_used)
+    }
+}
+
+/// The last ids that were forgotten.
+#[derive(Debug)]
+pub(crate) struct Recent<Id> {
+    order: VecDeque<Id>,
+    known: BTreeSet<Id>,
+}
+
+impl<Id: Ord + Copy> Recent<Id> {
+    fn new() -> Self {
+        Self {
+            order: VecDeque::new(),
+            known: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn note(&mut self, id: Id) {
+        if self.known.insert(id) {
+            self.order.push_back(id);
+        }
+        if self.order.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
+
+    pub(crate) fn contains(&self, id: &Id) -> bool {
+        self.known.contains(id)
+    }
 }
 
 #[derive(Debug)]
@@ -116,33 +239,23 @@ pub(crate) struct State {
     pub containers: BTreeMap<ContainerId, Container>,
     pub calls: BTreeMap<CallId, CallState>,
     pub inputs: BTreeMap<InputId, Input>,
+    pub recent_inputs: Recent<InputId>,
+    pub recent_calls: Recent<CallId>,
+    pub next_arrival: Arrival,
     /// Pools that this turn touched; only these are reconciled.
     pub dirty: BTreeSet<FunctionId>,
-    /// Pools that want more containers than the machine holds; retried whenever something ends.
-    pub starved: BTreeSet<FunctionId>,
+    /// Pools that want more containers than they could start, first come first served.
+    pub line: BTreeMap<Ticket, FunctionId>,
+    pub next_ticket: Ticket,
+    /// The next deadline of every pool that has one.
+    pub deadlines: BTreeSet<(Timestamp, FunctionId)>,
+    /// Calls without unfinished inputs, by when something was last heard of them.
+    pub quiet_calls: BTreeSet<(Timestamp, CallId)>,
+    /// Requests that wait for functions that have no pool: their app stopped meanwhile.
+    pub web_waiting: BTreeMap<FunctionId, u32>,
     pub shutting_down: bool,
-    pub calls_swept_at: Timestamp,
-}
-
-/// A container, for people.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ContainerView {
-    pub id: ContainerId,
-    pub app_id: AppId,
-    pub function_id: FunctionId,
-    pub created_at: Timestamp,
-    pub ready: bool,
-    /// It was told to end.
-    pub ending: bool,
-    pub running_inputs: u32,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct PoolStats {
-    pub backlog: u32,
-    pub containers: u32,
-    pub running_inputs: u32,
-    pub free_slots: u32,
+    #[cfg(test)]
+    pub broken: Option<crate::breaks::Break>,
 }
 
 impl State {
@@ -153,10 +266,18 @@ impl State {
             containers: BTreeMap::new(),
             calls: BTreeMap::new(),
             inputs: BTreeMap::new(),
+            recent_inputs: Recent::new(),
+            recent_calls: Recent::new(),
+            next_arrival: 0,
             dirty: BTreeSet::new(),
-            starved: BTreeSet::new(),
+            line: BTreeMap::new(),
+            next_ticket: 0,
+            deadlines: BTreeSet::new(),
+            quiet_calls: BTreeSet::new(),
+            web_waiting: BTreeMap::new(),
             shutting_down: false,
-            calls_swept_at: Timestamp::default(),
+            #[cfg(test)]
+            broken: None,
         }
     }
 
@@ -166,7 +287,11 @@ impl State {
             Event::FunctionActivated { function_id, settings } => {
                 self.function_activated(now, function_id, settings, turn);
             }
-            Event::FunctionDeactivated { function_id, reason, outcome } => {
+            Event::FunctionDeactivated {
+                function_id,
+                reason,
+                outcome,
+            } => {
                 self.function_deactivated(now, function_id, reason, &outcome, turn);
             }
             Event::CallStarted { call, inputs, reply } => self.call_started(now, call, inputs, reply, turn),
@@ -174,109 +299,91 @@ impl State {
             Event::CallInputsFinished { call_id, count, reply } => {
                 self.call_inputs_finished(now, call_id, count, reply, turn);
             }
-            Event::CallCancelled { call_id, outcome, terminate_containers, reply } => {
+            Event::CallCancelled {
+                call_id,
+                outcome,
+                terminate_containers,
+                reply,
+            } => {
                 self.call_cancelled(now, call_id, &outcome, terminate_containers, reply, turn);
             }
             Event::CallConsumed { call_id } => self.call_consumed(call_id, turn),
-            Event::PollStarted { container_id, poll, max_inputs } => {
+            Event::PollStarted {
+                container_id,
+                poll,
+                max_inputs,
+            } => {
                 self.poll_started(now, container_id, poll, max_inputs, turn);
             }
-            Event::PollDropped { container_id, poll } => self.poll_dropped(container_id, poll),
+            Event::PollDropped { container_id, poll } => self.poll_dropped(now, container_id, poll),
             Event::DeliveryLost { container_id, inputs } => self.delivery_lost(now, container_id, &inputs, turn),
-            Event::ServerReady { container_id } => self.container_ready(now, container_id, turn),
-            Event::OutputsReported { container_id, outputs, reply } => {
+            Event::ServerReady { container_id } => self.server_ready(now, container_id, turn),
+            Event::OutputsReported {
+                container_id,
+                outputs,
+                reply,
+            } => {
                 self.outputs_reported(now, container_id, outputs, reply, turn);
             }
-            Event::ContainerFailed { container_id, outcome, reply } => {
+            Event::ContainerFailed {
+                container_id,
+                outcome,
+                reply,
+            } => {
                 self.container_failed(now, container_id, &outcome, reply, turn);
             }
-            Event::ContainerStopRequested { container_id, graceful, reply } => {
+            Event::ContainerStopRequested {
+                container_id,
+                graceful,
+                reply,
+            } => {
                 self.container_stop_requested(now, container_id, graceful, reply, turn);
             }
-            Event::WorkerStarted { container_id } => {
-                if let Some(container) = self.containers.get_mut(&container_id) {
-                    container.started = true;
-                }
-            }
+            // That its process runs changes no decision: it takes work when it asks for it.
+            Event::WorkerStarted { container_id: _ } | Event::Tick => {}
             Event::WorkerExited { container_id, exit } => self.worker_exited(now, container_id, &exit, turn),
-            Event::WebDemand { function_id, queued, containers } => {
+            Event::WebDemand {
+                function_id,
+                queued,
+                containers,
+            } => {
                 self.web_demand(now, function_id, queued, &containers, turn);
             }
-            Event::AutoscalerUpdated { function_id, autoscaler, reply } => {
+            Event::AutoscalerUpdated {
+                function_id,
+                autoscaler,
+                reply,
+            } => {
                 self.autoscaler_updated(function_id, autoscaler, reply, turn);
             }
-            Event::Tick => {}
-            Event::ShuttingDown => self.shut_down(turn),
+            Event::ShuttingDown => self.shut_down(now, turn),
         }
     }
 
-    fn web_demand(&mut self, now: Timestamp, function_id: FunctionId, queued: u32, uses: &[WebUse], turn: &mut Turn) {
-        let Some(pool) = self.pools.get_mut(&function_id) else { return };
-        pool.web_queued = if pool.active { queued } else { 0 };
-        self.dirty.insert(function_id);
-        for use_ in uses {
-            let Some(container) =
-                self.containers.get_mut(&use_.container_id).filter(|c| c.function_id == function_id)
-            else {
-                // A report that crossed the container's exit.
-                continue;
-            };
-            container.web_in_flight = use_.in_flight;
-            // The ingress' clock is ours (one process), but a report may be older than the readiness
-            // that opened the idle time: idle time never starts before that.
-            container.idle_since = (use_.in_flight == 0 && container.running.is_empty())
-                .then(|| container.idle_since.map_or(use_.last_active, |since| since.max(use_.last_active)).min(now));
-        }
-        let drained: Vec<ContainerId> = uses.iter().filter(|u| u.in_flight == 0).map(|u| u.container_id).collect();
-        for container_id in drained {
-            self.send_kill_switch_if_drained(container_id, turn);
-        }
+    /// A pool's containers, in the order of their ids.
+    pub(crate) fn containers_in<'a>(
+        &'a self,
+        pool: &'a Pool,
+    ) -> impl Iterator<Item = (ContainerId, &'a Container)> + 'a {
+        pool.containers.iter().map(|id| (*id, &self.containers[id]))
     }
 
-    pub(crate) fn desired(&self) -> Vec<DesiredEntry> {
-        self.containers
-            .iter()
-            .map(|(id, container)| DesiredEntry {
-                container_id: *id,
-                function_id: container.function_id,
-                definition_id: container.definition_id,
-                state: match container.phase {
-                    Phase::Starting { .. } | Phase::Ready | Phase::Draining { .. } => DesiredState::Running,
-                    Phase::Stopping { reason, grace } => DesiredState::Stopped { grace, reason },
-                },
-            })
-            .collect()
-    }
-
-    pub(crate) fn container_views(&self) -> Vec<ContainerView> {
-        self.containers
-            .iter()
-            .map(|(id, container)| ContainerView {
-                id: *id,
-                app_id: container.app_id,
-                function_id: container.function_id,
-                created_at: container.created_at,
-                ready: container.phase == Phase::Ready,
-                ending: !container.is_live(),
-                running_inputs: u32::try_from(container.running.len()).unwrap_or(u32::MAX) + container.web_in_flight,
-            })
-            .collect()
-    }
-
-    pub(crate) fn pool_stats(&self, function_id: FunctionId) -> PoolStats {
-        let Some(pool) = self.pools.get(&function_id) else { return PoolStats::default() };
-        let mut stats = PoolStats {
-            backlog: u32::try_from(pool.queue.len() + pool.delayed.len()).unwrap_or(u32::MAX) + pool.web_queued,
-            ..PoolStats::default()
+    pub(crate) fn containers_of(
+        &self,
+        function_id: FunctionId,
+        filter: impl Fn(&Container) -> bool,
+    ) -> Vec<ContainerId> {
+        let Some(pool) = self.pools.get(&function_id) else {
+            return Vec::new();
         };
-        for container in self.containers.values().filter(|c| c.function_id == function_id && c.is_live()) {
-            let running = u32::try_from(container.running.len()).unwrap_or(u32::MAX) + container.web_in_flight;
-            stats.containers += 1;
-            stats.running_inputs += running;
-            if container.phase == Phase::Ready {
-                stats.free_slots += pool.settings.slots.saturating_sub(running);
-            }
-        }
-        stats
+        self.containers_in(pool)
+            .filter(|(_, container)| filter(container))
+            .map(|(id, _)| id)
+            .collect()
     }
+}
+
+/// Sizes as the wire and people count them.
+pub(crate) fn count(size: usize) -> u32 {
+    u32::try_from(size).unwrap_or(u32::MAX)
 }

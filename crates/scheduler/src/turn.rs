@@ -21,13 +21,23 @@ pub struct Delivery {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Reply {
     Accepted(ReplyId),
-    Refused { reply: ReplyId, refusal: Refusal },
+    Refused {
+        reply: ReplyId,
+        refusal: Refusal,
+    },
     /// Answers a poll with inputs.
-    Deliver { poll: PollId, inputs: Vec<Delivery> },
+    Deliver {
+        poll: PollId,
+        inputs: Vec<Delivery>,
+    },
     /// Answers a poll: end yourself.
-    KillSwitch { poll: PollId },
+    KillSwitch {
+        poll: PollId,
+    },
     /// Answers a poll that nobody will serve; the container may ask again.
-    Empty { poll: PollId },
+    Empty {
+        poll: PollId,
+    },
 }
 
 /// Released after the commit, in order.
@@ -36,16 +46,36 @@ pub enum Command {
     /// Outputs of this call can be read, up to this sequence number.
     OutputsReady { call_id: CallId, last_sequence: u64 },
     /// Tell the container's runtime, over its heartbeat, to cancel these inputs.
-    CancelInputs { container_id: ContainerId, input_ids: Vec<InputId> },
-    WebReady { function_id: FunctionId, container_id: ContainerId },
-    WebDraining { function_id: FunctionId, container_id: ContainerId },
-    WebGone { function_id: FunctionId, container_id: ContainerId },
+    CancelInputs {
+        container_id: ContainerId,
+        input_ids: Vec<InputId>,
+    },
+    WebReady {
+        function_id: FunctionId,
+        container_id: ContainerId,
+    },
+    WebDraining {
+        function_id: FunctionId,
+        container_id: ContainerId,
+    },
+    WebGone {
+        function_id: FunctionId,
+        container_id: ContainerId,
+    },
     /// Requests that wait for this function fail with this sentence.
-    WebStartFailed { function_id: FunctionId, container_id: ContainerId, message: String },
+    WebStartFailed {
+        function_id: FunctionId,
+        container_id: ContainerId,
+        message: String,
+    },
     /// The container has ended; forget its credential, streams and caches.
     Forget { container_id: ContainerId },
     /// A function whose containers keep failing is given a pause; said in its app's log.
-    BackedOff { function_id: FunctionId, failures: u32, until: Timestamp },
+    BackedOff {
+        function_id: FunctionId,
+        failures: u32,
+        until: Timestamp,
+    },
 }
 
 /// One line of the desired set; `control` adds what the worker needs to know to start it.

@@ -1,0 +1,15 @@
+//! The scenarios, by what they are about.
+
+#![expect(
+    clippy::needless_raw_string_hashes,
+    reason = "`UPDATE_EXPECT=1` writes what is expected in this form"
+)]
+
+mod attempts;
+mod batching;
+mod calls;
+mod cancel;
+mod failures;
+mod lifecycle;
+mod scaling;
+mod web;
