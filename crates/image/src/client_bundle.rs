@@ -73,6 +73,8 @@ const MAX_REMEMBERED: usize = 4096;
 pub struct ClientBundlesConfig {
     /// Added to the environment of pip: `PIP_INDEX_URL`, proxies and the like.
     pub pip_env: Vec<(String, String)>,
+    /// What `pip_env` names: the host's CA bundle.
+    pub binds: Vec<StepBind>,
     /// Whether the newest older release may stand in for a dependency that the client pins and the package
     /// index does not have. Indexes that hold new releases back need it; the log says when it happens.
     pub accepts_older_pins: bool,
@@ -84,6 +86,7 @@ impl Default for ClientBundlesConfig {
         // 15 MB of wheels and ten seconds of compiling.
         Self {
             pip_env: Vec::new(),
+            binds: Vec::new(),
             accepts_older_pins: true,
             timeout: Duration::from_mins(10),
         }
@@ -337,6 +340,12 @@ impl ClientBundles {
         }
         let mut argv: Vec<String> = ["/bin/sh", "-c", FIND_PYTHON, script].map(str::to_owned).to_vec();
         argv.extend(arguments);
+        let mut binds = self.config.binds.clone();
+        binds.push(StepBind {
+            source: draft.fs().to_owned(),
+            target: OUTPUT_TARGET.to_owned(),
+            read_only: false,
+        });
         // Cancelled when the caller gives up, so that the step does not outlive its draft.
         let cancel = CancellationToken::new();
         let _cancel_on_drop = cancel.clone().drop_guard();
@@ -348,11 +357,7 @@ impl ClientBundles {
             env: step_env(image, &self.config.pip_env),
             workdir: "/".to_owned(),
             user: None,
-            binds: vec![StepBind {
-                source: draft.fs().to_owned(),
-                target: OUTPUT_TARGET.to_owned(),
-                read_only: false,
-            }],
+            binds,
             gpu: None,
             has_network: true,
             timeout,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{CONTENT_TYPE, HeaderValue};
-use http::{HeaderMap, Method, Request, Response};
+use http::{HeaderMap, Method, Request, Response, Version};
 use http_body::Body;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -72,6 +72,10 @@ pub(crate) async fn answer(
     if request.method() == Method::CONNECT {
         // Neither a forward proxy nor (yet) websockets over HTTP/2.
         return refuse(&request, &Failure::BadRequest("CONNECT is not served here"));
+    }
+    if forward::host(&request).is_none() && request.version() == Version::HTTP_11 {
+        // RFC 9112, section 3.2.
+        return refuse(&request, &Failure::BadRequest("an HTTP/1.1 request needs one Host header"));
     }
     if let Mode::Public { ingress } = mode
         && let Some(host) = forward::host(&request)

@@ -1,5 +1,7 @@
 //! The server's own log, on stderr.
 
+use std::io::IsTerminal;
+
 use tracing_subscriber::EnvFilter;
 
 /// `IONIAN_LOG` wins over the configured filter, as is usual for log filters.
@@ -9,6 +11,7 @@ pub(crate) fn start(filter: &str) {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_target(false)
         .init();
 }

@@ -66,6 +66,7 @@ pub(super) fn worker(
             .context("cannot prepare image builds")?,
     );
     let files = content_files(content);
+    let binds = trust.binds();
     let mut pip_env = trust.trust_env(&[]);
     pip_env.extend(trust.env.iter().cloned());
     let images = ImageBuilder::new(BuilderConfig {
@@ -81,6 +82,7 @@ pub(super) fn worker(
     });
     let bundles = Arc::new(ClientBundles::new(ClientBundlesConfig {
         pip_env,
+        binds,
         ..ClientBundlesConfig::default()
     }));
     let process_python = config.process_python.clone();
