@@ -27,10 +27,10 @@ demo: ## Deploy the FastAPI app of the README on a fresh server, call it, show a
 	@$(PYTHON) scripts/demo
 
 test: setup build ## Rust, Python and end-to-end tests
-	@$(PYTHON) scripts/test rust python e2e
+	@$(PYTHON) scripts/test python e2e rust
 
-test-rust: ## Only the Rust tests
-	@scripts/setup system venvs nextest
+test-rust: build ## Only the Rust tests
+	@scripts/setup venvs nextest
 	@$(PYTHON) scripts/test rust
 
 test-python: ## Only the tests of what runs inside containers
@@ -42,10 +42,10 @@ test-e2e: build ## Only the end-to-end tests; PYTEST='-k name' chooses
 	@$(PYTHON) scripts/test e2e
 
 test-all: setup build ## What takes long, too
-	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test rust python e2e
+	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust
 
 bench: setup build ## Ratios against bare programs, taken in one run
-	@$(PYTHON) benches/bench.py
+	@$(PYTHON) benches/run
 
 lint: ## What must hold before a commit
 	@scripts/setup venvs

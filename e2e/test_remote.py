@@ -1,8 +1,10 @@
 """A user calls deployed functions from another process: results, errors, generators, maps, classes, spawned calls."""
 
+import ast
 import re
 
 import pytest
+from support import web
 
 FUNCTION = "import modal, sys; f = modal.Function.from_name('calls', '{}'); "
 
@@ -24,11 +26,9 @@ def test_a_function_returns_its_result(calls):
 
 
 def test_a_model_is_trained_once_and_asked_by_remote_and_by_http(client):
-    from support import web
-
     url = client.deploy("regression.py").url("predict")
     code = "import modal; print(modal.Cls.from_name('regression', 'Regression')().predict.remote([1.0, 2.0]))"
-    predicted = eval(client.python(code).stdout)
+    predicted = ast.literal_eval(client.python(code).stdout)
     assert predicted == pytest.approx([10.0, 13.0])
     answer = web.request(url, "POST", b'{"values": [3]}', {"Content-Type": "application/json"})
     assert answer.status == 200, answer.text
@@ -141,6 +141,18 @@ def test_a_container_that_dies_fails_its_call_with_words(newest_calls):
     assert "square" not in printed
     # The function's other calls are not affected.
     assert newest_calls.python(FUNCTION.format("square") + "print(f.remote(3))").stdout.strip() == "9"
+
+
+def test_a_failing_function_is_tried_again_as_often_as_it_asks(newest_calls):
+    code = FUNCTION.format("third_time_lucky") + "print(f.remote('a')); print(f.spawn('b').get(timeout=60))"
+    assert newest_calls.python(code).stdout.splitlines() == ["try 3 worked", "try 3 worked"]
+
+
+def test_inputs_of_a_batched_function_run_together(newest_calls):
+    code = FUNCTION.format("batch") + "print(list(f.map(range(8))))"
+    results = ast.literal_eval(newest_calls.python(code).stdout)
+    assert [number for number, _ in results] == list(range(8))
+    assert max(size for _, size in results) == 4
 
 
 def test_an_unknown_function_is_named(client):

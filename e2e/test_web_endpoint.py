@@ -1,9 +1,8 @@
 """A user's web endpoints over HTTP, through the web hook and through the official data channel: the same behaviour."""
 
 import hashlib
-import json
 import os
-import re
+import time
 
 import pytest
 from support import web
@@ -104,12 +103,12 @@ def test_a_method_of_a_class_keeps_its_state(deployment):
     assert [web.get_json(url) for _ in range(3)] == [{"hits": 41}, {"hits": 42}, {"hits": 43}]
 
 
-def test_the_lane_is_the_one_that_was_asked_for(request, client, deployment):
+def test_the_lane_is_the_one_that_was_asked_for(request, deployment):
     """Otherwise the suite could pass twice on the same lane."""
-    url = deployment.url("api")
-    seen = json.loads(web.request(f"{url}/seen").text)
-    assert web.get_json(f"{url}/hello") == {"message": "Hello, world!"}
-    assert seen["method"] == "GET"
     is_hook = "data channel" not in request.node.name
-    announced = re.search(r"web hook|hook attached|lane=hook", client.platform.log(), re.IGNORECASE) is not None
-    assert announced == is_hook
+    start = time.monotonic()
+    assert web.get_json(f"{deployment.url('api')}/served-by-uvicorn") == is_hook
+    took = time.monotonic() - start
+    print(f"answered by a cold container after {took:.2f} s")
+    # Ten times what it takes: a lost wake-up, which costs a whole long poll, is found, and a slow machine is not.
+    assert took < 15

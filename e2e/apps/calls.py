@@ -1,6 +1,7 @@
 """Functions of every kind that a user calls."""
 
 import os
+import pathlib
 import time
 
 import modal
@@ -68,6 +69,23 @@ def slow(seconds: float) -> str:
 @app.function(timeout=2)
 def too_slow() -> None:
     time.sleep(60)
+
+
+@app.function(max_containers=1, retries=modal.Retries(max_retries=3, initial_delay=0.0, backoff_coefficient=1.0))
+def third_time_lucky(name: str) -> str:
+    """Counts its tries in a file: with max_containers=1, all of them run in one container."""
+    path = pathlib.Path("/tmp", name)
+    tries = int(path.read_text()) if path.exists() else 0
+    path.write_text(str(tries + 1))
+    if tries < 2:
+        raise RuntimeError(f"try {tries + 1} failed")
+    return f"try {tries + 1} worked"
+
+
+@app.function()
+@modal.batched(max_batch_size=4, wait_ms=2000)
+def batch(numbers: list[int]) -> list[tuple[int, int]]:
+    return [(number, len(numbers)) for number in numbers]
 
 
 @app.function()

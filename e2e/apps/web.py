@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import subprocess
+import sys
 
 import modal
 
@@ -65,6 +66,11 @@ def api():
     @web_app.api_route("/status/{code}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"])
     async def status(code: int, request: Request):
         return Response(request.method, status_code=code, headers={"x-app": "web"})
+
+    @web_app.get("/served-by-uvicorn")
+    async def served_by_uvicorn():
+        # The web hook serves the app with it; the official data channel needs no server.
+        return "uvicorn" in sys.modules
 
     @web_app.get("/boom")
     async def boom():

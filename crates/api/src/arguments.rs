@@ -23,7 +23,10 @@ pub fn encode(control: &Control, request: &ArgumentsRequest<'_>) -> bytes::Bytes
     // The runtime looks every dependency up in the layout, and dies without a word where one is missing.
     for id in &request.function.spec.object_dependencies {
         if !layout.objects.iter().any(|object| object.object_id == *id) {
-            layout.objects.push(pb::Object { object_id: id.clone(), handle_metadata_oneof: None });
+            layout.objects.push(pb::Object {
+                object_id: id.clone(),
+                handle_metadata_oneof: None,
+            });
         }
     }
     let own = request.function.id.to_string();

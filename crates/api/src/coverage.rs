@@ -1,6 +1,6 @@
 //! The reviewed table of every RPC of the client's service: implemented, refused on purpose, not yet.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
 
@@ -31,17 +31,19 @@ struct Table {
 #[derive(Debug)]
 pub(crate) struct Coverage {
     refusals: HashMap<String, String>,
-    implemented: Vec<String>,
+    implemented: HashSet<String>,
 }
 
 impl Coverage {
     pub(crate) fn load() -> Self {
         let table: Table = toml::from_str(TABLE).expect("rpc-coverage.toml is part of the program and a test reads it");
         let mut refusals = HashMap::new();
-        let mut implemented = Vec::new();
+        let mut implemented = HashSet::new();
         for (name, row) in table.rpc {
             match row.status {
-                RpcStatus::Implemented => implemented.push(name),
+                RpcStatus::Implemented => {
+                    implemented.insert(name);
+                }
                 RpcStatus::Refused | RpcStatus::NotYet => {
                     refusals.insert(name, row.sentence);
                 }
@@ -55,8 +57,7 @@ impl Coverage {
         if let Some(sentence) = self.refusals.get(rpc) {
             return Some(format!("{rpc}: {sentence}"));
         }
-        let known = self.implemented.iter().any(|name| name == rpc);
-        (!known).then(|| {
+        (!self.implemented.contains(rpc)).then(|| {
             let name: String = rpc.chars().take(80).collect();
             format!("{name} is not known to this server; it may be newer than the server supports")
         })
@@ -76,5 +77,31 @@ mod tests {
         assert!(coverage.refusal("FunctionMap").is_none());
         assert!(coverage.refusal("AttemptStart").is_some());
         assert!(coverage.refusal("NoSuchRpc").is_some());
+    }
+
+    /// `function_put_outputs` is `FunctionPutOutputs` on the wire.
+    fn wire_name(rust_name: &str) -> String {
+        let capitalized = |word: &str| {
+            let (first, rest) = word.split_at(1);
+            first.to_uppercase() + rest
+        };
+        rust_name.split('_').map(capitalized).collect()
+    }
+
+    #[test]
+    fn the_table_says_what_is_implemented() {
+        let mut handled: Vec<String> = crate::service::HANDLED.iter().map(|name| wire_name(name)).collect();
+        let mut implemented: Vec<String> = Coverage::load().implemented.into_iter().collect();
+        handled.sort();
+        implemented.sort();
+        assert_eq!(implemented, handled);
+    }
+
+    #[test]
+    fn whoever_wants_a_token_is_told_how_to_get_one() {
+        let coverage = Coverage::load();
+        for rpc in ["TokenFlowCreate", "TokenFlowWait"] {
+            assert!(coverage.refusal(rpc).unwrap().contains("`ionian token new`"));
+        }
     }
 }

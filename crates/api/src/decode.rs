@@ -6,7 +6,8 @@ use bytes::Bytes;
 use ionian_control::app::functions::WebWish;
 use ionian_domain::call::{CallKind, InputPayload, Invocation, Payload};
 use ionian_domain::function::{
-    Autoscaler, Batching, Concurrency, FunctionKind, FunctionSpec, GpuRequest, Resources, RetryPolicy, VolumeMount,
+    Autoscaler, Batching, Concurrency, ContainerUse, FunctionKind, FunctionSpec, GpuRequest, Resources, RetryPolicy,
+    VolumeMount,
 };
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::web::WebKind;
@@ -23,7 +24,8 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_mins(5);
 const MAX_TIMEOUT: Duration = Duration::from_hours(168);
 
 pub(crate) fn id<T: std::str::FromStr<Err = ionian_domain::InvalidId>>(text: &str) -> Result<T, Status> {
-    text.parse().map_err(|error: ionian_domain::InvalidId| invalid(error.to_string()))
+    text.parse()
+        .map_err(|error: ionian_domain::InvalidId| invalid(error.to_string()))
 }
 
 /// An id that may be missing.
@@ -38,12 +40,22 @@ pub(crate) fn ids<T: std::str::FromStr<Err = ionian_domain::InvalidId>>(texts: &
 }
 
 pub(crate) fn timestamp(time: Option<&prost_types::Timestamp>) -> Option<Timestamp> {
-    time.map(|time| Timestamp(time.seconds.saturating_mul(1_000_000).saturating_add(i64::from(time.nanos) / 1_000)))
+    time.map(|time| {
+        Timestamp(
+            time.seconds
+                .saturating_mul(1_000_000)
+                .saturating_add(i64::from(time.nanos) / 1_000),
+        )
+    })
 }
 
 /// Seconds from the wire; negative, absurd and not-a-number ones become something usable.
 pub(crate) fn seconds(value: f32) -> Duration {
-    if value.is_finite() { Duration::from_secs_f32(value.clamp(0.0, 86_400.0)) } else { Duration::ZERO }
+    if value.is_finite() {
+        Duration::from_secs_f32(value.clamp(0.0, 86_400.0))
+    } else {
+        Duration::ZERO
+    }
 }
 
 pub(crate) fn payload(args: Option<Bytes>, blob_id: Option<String>) -> Payload {
@@ -64,7 +76,11 @@ pub(crate) fn input(input: Option<pb::FunctionInput>) -> Result<InputPayload, St
         }
         None => Payload::EMPTY,
     };
-    Ok(InputPayload { payload, data_format: input.data_format, method_name: input.method_name })
+    Ok(InputPayload {
+        payload,
+        data_format: input.data_format,
+        method_name: input.method_name,
+    })
 }
 
 pub(crate) fn call_kind(number: i32) -> Result<CallKind, Status> {
@@ -144,7 +160,9 @@ fn non_zero(value: u32) -> Option<u32> {
 }
 
 fn resources(resources: Option<&pb::Resources>) -> Resources {
-    let Some(resources) = resources else { return Resources::default() };
+    let Some(resources) = resources else {
+        return Resources::default();
+    };
     Resources {
         memory_mib: non_zero(resources.memory_mb),
         memory_limit_mib: non_zero(resources.memory_mb_max),
@@ -155,7 +173,10 @@ fn resources(resources: Option<&pb::Resources>) -> Resources {
             .gpu_config
             .as_ref()
             .filter(|gpu| gpu.count > 0)
-            .map(|gpu| GpuRequest { kind: gpu.gpu_type.to_uppercase(), count: gpu.count }),
+            .map(|gpu| GpuRequest {
+                kind: gpu.gpu_type.to_uppercase(),
+                count: gpu.count,
+            }),
     }
 }
 
@@ -164,8 +185,13 @@ fn autoscaler(function: &pb::Function, default_window: Duration) -> Autoscaler {
     let window = settings.scaledown_window.or(non_zero(function.task_idle_timeout_secs));
     Autoscaler {
         min_containers: settings.min_containers.unwrap_or(function.warm_pool_size),
-        max_containers: settings.max_containers.and_then(non_zero).or(non_zero(function.concurrency_limit)),
-        buffer_containers: settings.buffer_containers.unwrap_or(function.experimental_buffer_containers),
+        max_containers: settings
+            .max_containers
+            .and_then(non_zero)
+            .or(non_zero(function.concurrency_limit)),
+        buffer_containers: settings
+            .buffer_containers
+            .unwrap_or(function.experimental_buffer_containers),
         scaledown_window: window.map_or(default_window, |seconds| Duration::from_secs(u64::from(seconds))),
     }
 }
@@ -173,7 +199,11 @@ fn autoscaler(function: &pb::Function, default_window: Duration) -> Autoscaler {
 pub(crate) fn retry_policy(policy: Option<&pb::FunctionRetryPolicy>) -> RetryPolicy {
     policy.map_or(RetryPolicy::NONE, |policy| RetryPolicy {
         max_retries: policy.retries,
-        backoff_coefficient: if policy.backoff_coefficient.is_finite() { policy.backoff_coefficient } else { 1.0 },
+        backoff_coefficient: if policy.backoff_coefficient.is_finite() {
+            policy.backoff_coefficient
+        } else {
+            1.0
+        },
         initial_delay: Duration::from_millis(u64::from(policy.initial_delay_ms)),
         max_delay: Duration::from_millis(u64::from(policy.max_delay_ms)),
     })
@@ -186,6 +216,11 @@ fn timeout(seconds: u32) -> Duration {
     }
 }
 
+/// The runtime ends its container after one input. Older clients said it as a number of inputs.
+pub(crate) fn is_single_use(function: &pb::Function) -> bool {
+    function.single_use_containers || function.max_inputs == 1
+}
+
 /// A function's definition without its web endpoints, which need a label first.
 pub(crate) fn function(
     function: &pb::Function,
@@ -193,10 +228,14 @@ pub(crate) fn function(
     default_window: Duration,
 ) -> Result<FunctionSpec, Status> {
     if !function.cloud_bucket_mounts.is_empty() || !function.s3_mounts.is_empty() {
-        return Err(Status::unimplemented("cloud bucket mounts are not available on this server yet"));
+        return Err(Status::unimplemented(
+            "cloud bucket mounts are not available on this server yet",
+        ));
     }
     if !function.shared_volume_mounts.is_empty() {
-        return Err(Status::unimplemented("network file systems are not available on this server; use a Volume"));
+        return Err(Status::unimplemented(
+            "network file systems are not available on this server; use a Volume",
+        ));
     }
     let timeout_after = timeout(function.timeout_secs);
     // Mount ids come from a set: their order means nothing and must not make a definition look changed.
@@ -212,6 +251,11 @@ pub(crate) fn function(
         },
         is_class: function.is_class,
         is_server: function.is_server,
+        container_use: if is_single_use(function) {
+            ContainerUse::Single
+        } else {
+            ContainerUse::Repeated
+        },
         image_id: optional_id(&function.image_id)?,
         mount_ids: ids(&kept.mount_ids)?,
         secret_ids: ids(&function.secret_ids)?,
@@ -227,7 +271,11 @@ pub(crate) fn function(
                 })
             })
             .collect::<Result<_, Status>>()?,
-        object_dependencies: function.object_dependencies.iter().map(|object| object.object_id.clone()).collect(),
+        object_dependencies: function
+            .object_dependencies
+            .iter()
+            .map(|object| object.object_id.clone())
+            .collect(),
         resources: resources(function.resources.as_ref()),
         timeout: timeout_after,
         startup_timeout: if function.startup_timeout_secs == 0 {
@@ -236,7 +284,10 @@ pub(crate) fn function(
             timeout(function.startup_timeout_secs)
         },
         autoscaler: autoscaler(function, default_window),
-        concurrency: Concurrency { max_inputs, target_inputs: function.target_concurrent_inputs.min(max_inputs) },
+        concurrency: Concurrency {
+            max_inputs,
+            target_inputs: function.target_concurrent_inputs.min(max_inputs),
+        },
         batching: (function.batch_max_size > 0).then(|| Batching {
             max_size: function.batch_max_size,
             wait: Duration::from_millis(function.batch_linger_ms),

@@ -56,20 +56,32 @@ pub(crate) fn app_metadata(app: &App, environment: &Environment) -> pb::AppHandl
         app_id: app.id.to_string(),
         environment_name: environment.name.clone(),
         lifecycle: Some(lifecycle(app)),
-        functions: app.layout.functions.iter().map(|(tag, id)| (tag.clone(), id.to_string())).collect(),
+        functions: app
+            .layout
+            .functions
+            .iter()
+            .map(|(tag, id)| (tag.clone(), id.to_string()))
+            .collect(),
         servers: BTreeMap::new(),
     }
 }
 
 pub(crate) fn web_url_info(web: &WebSpec) -> pb::WebUrlInfo {
-    pb::WebUrlInfo { truncated: web.label_truncated, has_unique_hash: false, label_stolen: false }
+    pb::WebUrlInfo {
+        truncated: web.label_truncated,
+        has_unique_hash: false,
+        label_stolen: false,
+    }
 }
 
 /// The definition as its client sent it. It was encoded by us, so it decodes.
 pub(crate) fn definition(function: &Function) -> pb::Function {
     pb::Function::decode(function.spec.definition.clone()).unwrap_or_else(|error| {
         tracing::error!(function = %function.id, %error, "a stored definition does not decode");
-        pb::Function { function_name: function.spec.name.clone(), ..pb::Function::default() }
+        pb::Function {
+            function_name: function.spec.name.clone(),
+            ..pb::Function::default()
+        }
     })
 }
 
@@ -102,7 +114,12 @@ pub(crate) fn handle_metadata(
         .method_definitions
         .iter()
         .map(|(name, method)| {
-            let web = function_.spec.web_methods.iter().find(|(method, _)| method == name).map(|(_, web)| web);
+            let web = function_
+                .spec
+                .web_methods
+                .iter()
+                .find(|(method, _)| method == name)
+                .map(|(_, web)| web);
             let metadata = pb::FunctionHandleMetadata {
                 function_name: method.function_name.clone(),
                 function_type: method.function_type,
@@ -131,7 +148,11 @@ pub(crate) fn handle_metadata(
         supported_input_formats: message.supported_input_formats,
         supported_output_formats: message.supported_output_formats,
         app_id,
-        base_function_id: function_.binding.as_ref().map(|binding| binding.base.to_string()).unwrap_or_default(),
+        base_function_id: function_
+            .binding
+            .as_ref()
+            .map(|binding| binding.base.to_string())
+            .unwrap_or_default(),
         ..pb::FunctionHandleMetadata::default()
     }
 }
@@ -168,7 +189,10 @@ pub(crate) fn function_data(message: &pb::Function) -> pb::FunctionData {
         is_server: message.is_server,
         routing_region: message.routing_region.clone(),
         is_sessioned: message.is_sessioned,
-        ranked_functions: vec![pb::function_data::RankedFunction { rank: 0, function: Some(message.clone()) }],
+        ranked_functions: vec![pb::function_data::RankedFunction {
+            rank: 0,
+            function: Some(message.clone()),
+        }],
         ..pb::FunctionData::default()
     }
 }
@@ -179,11 +203,9 @@ pub(crate) fn layout(control: &Control, app: &App, environment: &Environment, fu
         .iter()
         .map(|function| pb::Object {
             object_id: function.id.to_string(),
-            handle_metadata_oneof: Some(pb::object::HandleMetadataOneof::FunctionHandleMetadata(handle_metadata(
-                control,
-                environment,
-                function,
-            ))),
+            handle_metadata_oneof: Some(pb::object::HandleMetadataOneof::FunctionHandleMetadata(
+                handle_metadata(control, environment, function),
+            )),
         })
         .collect();
     objects.extend(app.layout.classes.values().map(|id| pb::Object {
@@ -194,8 +216,18 @@ pub(crate) fn layout(control: &Control, app: &App, environment: &Environment, fu
     }));
     pb::AppLayout {
         objects,
-        function_ids: app.layout.functions.iter().map(|(tag, id)| (tag.clone(), id.to_string())).collect(),
-        class_ids: app.layout.classes.iter().map(|(name, id)| (name.clone(), id.to_string())).collect(),
+        function_ids: app
+            .layout
+            .functions
+            .iter()
+            .map(|(tag, id)| (tag.clone(), id.to_string()))
+            .collect(),
+        class_ids: app
+            .layout
+            .classes
+            .iter()
+            .map(|(name, id)| (name.clone(), id.to_string()))
+            .collect(),
     }
 }
 
@@ -254,9 +286,10 @@ pub(crate) fn image_metadata(image: &BuiltImage, builder_version: &str) -> pb::I
 pub(crate) fn image_result(state: &ImageState) -> Option<pb::GenericResult> {
     match state {
         ImageState::Building => None,
-        ImageState::Ready { .. } => {
-            Some(pb::GenericResult { status: OutcomeStatus::Success.wire(), ..pb::GenericResult::default() })
-        }
+        ImageState::Ready { .. } => Some(pb::GenericResult {
+            status: OutcomeStatus::Success.wire(),
+            ..pb::GenericResult::default()
+        }),
         ImageState::Failed { message } => Some(pb::GenericResult {
             status: OutcomeStatus::Failure.wire(),
             exception: message.clone(),

@@ -3,7 +3,10 @@
 //! [`Api::call`] answers gRPC requests; [`http_router`] the HTTP requests of the platform itself (blob
 //! transfer, announcements of web hooks). The listener and its connections belong to `ingress`.
 
-#![allow(clippy::unused_async, reason = "handlers have one shape, whether or not they wait for something")]
+#![allow(
+    clippy::unused_async,
+    reason = "handlers have one shape, whether or not they wait for something"
+)]
 
 mod arguments;
 pub mod blobs_http;
@@ -36,5 +39,8 @@ pub fn http_router(control: &Control, signer: &UrlSigner) -> Router {
     Router::new()
         .route("/healthz", get(|| async { "ok\n" }))
         .merge(announce)
-        .merge(blobs_http::router(blobs_http::BlobsHttp::new(control.blobs().clone(), signer.clone())))
+        .merge(blobs_http::router(blobs_http::BlobsHttp::new(
+            control.blobs().clone(),
+            signer.clone(),
+        )))
 }

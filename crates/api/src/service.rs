@@ -43,7 +43,12 @@ impl std::fmt::Debug for Api {
 impl Api {
     /// `scheme` is how the listener that this serves is reached, for URLs in answers.
     pub fn new(control: Control, signer: UrlSigner, scheme: &'static str) -> Self {
-        Self { control, signer, coverage: Arc::new(Coverage::load()), scheme }
+        Self {
+            control,
+            signer,
+            coverage: Arc::new(Coverage::load()),
+            scheme,
+        }
     }
 
     /// Answers one gRPC request.
@@ -61,11 +66,12 @@ impl Api {
         }
         let metadata = MetadataMap::from_headers(request.headers().clone());
         match context::authenticate(&self.control, &metadata, &rpc).await {
-            Ok(Some(caller)) => {
+            Ok(caller) => {
                 let base_url = self.base_url(&request);
-                request.extensions_mut().insert(Context::new(caller, base_url, &metadata));
+                request
+                    .extensions_mut()
+                    .insert(Context::new(caller, base_url, &metadata));
             }
-            Ok(None) => {}
             Err(status) => return status.into_http(),
         }
         let mut server = ModalClientServer::new(self.clone())
@@ -80,7 +86,11 @@ impl Api {
     /// The address by which the sender reached us is the one that its URLs must have.
     fn base_url<B>(&self, request: &http::Request<B>) -> String {
         let authority = request.uri().authority().map(ToString::to_string).or_else(|| {
-            request.headers().get(http::header::HOST).and_then(|host| host.to_str().ok()).map(str::to_owned)
+            request
+                .headers()
+                .get(http::header::HOST)
+                .and_then(|host| host.to_str().ok())
+                .map(str::to_owned)
         });
         match authority {
             Some(authority) => format!("{}://{authority}", self.scheme),
@@ -102,6 +112,10 @@ macro_rules! handlers {
         unary { $($method:ident($request:ty) -> $response:ty = $handler:path;)* }
         streams { $($stream:ident($stream_request:ty) -> $item:ty = $stream_handler:path;)* }
     ) => {
+        /// Every RPC that has a handler, in the form of a Rust name.
+        #[cfg(test)]
+        pub(crate) const HANDLED: &[&str] = &[$(stringify!($method),)* $(stringify!($stream),)*];
+
         #[tonic::async_trait]
         impl ModalClient for Api {
             $(

@@ -1,7 +1,11 @@
 //! The one place that turns the application's errors into gRPC statuses.
 
+use std::time::Duration;
+
 use ionian_control::Error;
 use ionian_domain::ErrorKind;
+use ionian_proto::client as pb;
+use prost::Message as _;
 use tonic::{Code, Status};
 
 /// The code is exact, because clients branch on it: they retry `INTERNAL` and `UNKNOWN`, and tell
@@ -28,9 +32,32 @@ pub(crate) fn from_error(error: Error) -> Status {
     if error.kind() == ErrorKind::Internal {
         let id = hex::encode(rand::random::<[u8; 6]>());
         tracing::error!(error = &error as &dyn std::error::Error, id, "a request failed");
-        return Status::internal(format!("{} (error id {id}; the server's log has details)", error.message()));
+        return Status::internal(format!(
+            "{} (error id {id}; the server's log has details)",
+            error.message()
+        ));
     }
     Status::new(code(error.kind()), error.message().to_owned())
+}
+
+/// Tells the client to come back after a while. It does for as long as it takes, whatever the code; without
+/// this it would give up at once where it does not retry the code by itself.
+pub(crate) fn retry_after(status: &Status, pause: Duration) -> Status {
+    let policy = pb::RpcRetryPolicy {
+        retry_after_secs: pause.as_secs_f32(),
+    };
+    with_detail(status, &policy)
+}
+
+/// Adds a detail that the client looks for.
+pub(crate) fn with_detail<M: prost::Message + prost::Name>(status: &Status, detail: &M) -> Status {
+    let details = prost_types::Any::from_msg(detail).into_iter().collect();
+    let rich = pb::RpcStatus {
+        code: status.code() as i32,
+        message: status.message().to_owned(),
+        details,
+    };
+    Status::with_details(status.code(), status.message(), rich.encode_to_vec().into())
 }
 
 pub(crate) fn invalid(message: impl Into<String>) -> Status {

@@ -5,7 +5,7 @@
 //! and not in the turn loop. A container whose specification cannot be built is reported as one that
 //! failed to start.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use ionian_domain::app::App;
@@ -13,17 +13,18 @@ use ionian_domain::container::{ContainerExit, ContainerSpec, WebHookMode};
 use ionian_domain::environment::Environment;
 use ionian_domain::function::Function;
 use ionian_domain::image::ImageState;
+use ionian_domain::log::{LogEntry, LogStream};
 use ionian_domain::mount::MountFile;
 use ionian_domain::web::WebKind;
-use ionian_domain::worker::{DesiredContainer, DesiredSet, Generation, WorkerReport};
-use ionian_domain::{ContainerId, Timestamp};
+use ionian_domain::worker::{DesiredContainer, DesiredSet, DesiredState, Generation, WorkerReport};
+use ionian_domain::{ContainerId, ErrorKind, SecretId, Timestamp};
 use ionian_scheduler::{DesiredEntry, Event};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::Control;
 use crate::containers::ContainerEntry;
 use crate::error::{Error, Result};
-use crate::Control;
 
 /// What the official runtime is told at its start; encoded by `api`, which knows the wire.
 pub struct ArgumentsRequest<'a> {
@@ -48,6 +49,8 @@ pub(crate) async fn run(
     cancel: CancellationToken,
 ) {
     let mut specs: HashMap<ContainerId, Arc<ContainerSpec>> = HashMap::new();
+    // Reported once; the scheduler takes them out of the entries.
+    let mut unprepared: HashSet<ContainerId> = HashSet::new();
     let mut generation = Generation::default();
     loop {
         let changed = tokio::select! {
@@ -58,36 +61,101 @@ pub(crate) async fn run(
             return;
         }
         let wanted = entries.borrow_and_update().clone();
-        specs.retain(|id, _| wanted.iter().any(|entry| entry.container_id == *id));
+        specs.retain(|id, _| {
+            let is_wanted = wanted.iter().any(|entry| entry.container_id == *id);
+            if !is_wanted {
+                // It may have been given up while its specification was being built, after which its
+                // credential must open nothing.
+                control.containers().forget(*id);
+            }
+            is_wanted
+        });
+        unprepared.retain(|id| wanted.iter().any(|entry| entry.container_id == *id));
         let mut containers = Vec::with_capacity(wanted.len());
+        let mut used_secrets: BTreeSet<SecretId> = BTreeSet::new();
         for entry in wanted {
+            if unprepared.contains(&entry.container_id) {
+                continue;
+            }
             let spec = match specs.get(&entry.container_id) {
-                Some(spec) => Arc::clone(spec),
-                None => match build_spec(&control, &entry).await {
-                    Ok(spec) => {
-                        let spec = Arc::new(spec);
-                        specs.insert(entry.container_id, Arc::clone(&spec));
-                        spec
-                    }
-                    Err(error) => {
-                        tracing::error!(
-                            container = %entry.container_id,
-                            error = &error as &dyn std::error::Error,
-                            "a container could not be prepared"
-                        );
-                        let exit = ContainerExit::StartFailed { message: error.to_string() };
-                        let event = Event::WorkerExited { container_id: entry.container_id, exit };
-                        if control.turn().tell(event).await.is_err() {
-                            return;
+                Some(spec) => Ok(Arc::clone(spec)),
+                None => match entry.state {
+                    DesiredState::Running => match build_spec(&control, &entry).await {
+                        Ok(prepared) => {
+                            used_secrets.extend(prepared.secrets);
+                            specs.insert(entry.container_id, Arc::clone(&prepared.spec));
+                            Ok(prepared.spec)
                         }
-                        continue;
-                    }
+                        Err(error) => {
+                            report_unprepared(&control, &entry, &error).await;
+                            Err(ContainerExit::StartFailed {
+                                message: error.to_string(),
+                            })
+                        }
+                    },
+                    // Given up before any worker heard of it.
+                    DesiredState::Stopped { .. } => Err(ContainerExit::Exited { code: 0 }),
                 },
             };
-            containers.push(DesiredContainer { id: entry.container_id, spec, state: entry.state });
+            match spec {
+                Ok(spec) => containers.push(DesiredContainer {
+                    id: entry.container_id,
+                    spec,
+                    state: entry.state,
+                }),
+                Err(exit) => {
+                    unprepared.insert(entry.container_id);
+                    let event = Event::WorkerExited {
+                        container_id: entry.container_id,
+                        exit,
+                    };
+                    if control.turn().tell(event).await.is_err() {
+                        return;
+                    }
+                }
+            }
         }
         generation.0 += 1;
         desired.send_replace(DesiredSet { generation, containers });
+        // After the order is out: when a secret was used last is not worth a wait.
+        let used_secrets: Vec<SecretId> = used_secrets.into_iter().collect();
+        if let Err(error) = control.secrets().touch(&used_secrets).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the use of secrets could not be recorded"
+            );
+        }
+    }
+}
+
+/// A container that can be started, and the secrets that it uses.
+struct Prepared {
+    spec: Arc<ContainerSpec>,
+    secrets: Vec<SecretId>,
+}
+
+/// Says why a container cannot be started: to the user, and to the operator where it is our fault.
+async fn report_unprepared(control: &Control, entry: &DesiredEntry, error: &Error) {
+    if error.kind() == ErrorKind::Internal {
+        tracing::error!(
+            container = %entry.container_id,
+            error = error as &dyn std::error::Error,
+            "a container could not be prepared"
+        );
+    } else {
+        tracing::info!(container = %entry.container_id, reason = error.message(), "a container could not be prepared");
+    }
+    // A function that cannot be read has no app whose log could be written to.
+    if let Ok(function) = control.functions().get(entry.function_id).await {
+        let line = LogEntry {
+            at: Timestamp::now(),
+            app_id: function.app_id,
+            function_id: function.id,
+            container_id: entry.container_id,
+            stream: LogStream::Info,
+            text: format!("the container could not start: {}\n", error.message()),
+        };
+        control.logs().append(vec![line]).await;
     }
 }
 
@@ -104,7 +172,9 @@ pub(crate) async fn observe(control: Control, mut reports: mpsc::Receiver<Worker
                     .map(|(step, took)| format!("{step}={:.1}ms", took.as_secs_f64() * 1e3))
                     .collect();
                 tracing::debug!(container = %started.container_id, steps = steps.join(" "), "container started");
-                Event::WorkerStarted { container_id: started.container_id }
+                Event::WorkerStarted {
+                    container_id: started.container_id,
+                }
             }
             WorkerReport::Exited { container_id, exit } => {
                 let failed = exit != ContainerExit::Exited { code: 0 };
@@ -123,7 +193,7 @@ pub(crate) async fn observe(control: Control, mut reports: mpsc::Receiver<Worker
     }
 }
 
-async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<ContainerSpec> {
+async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared> {
     let (_, spec) = control
         .store()
         .functions()
@@ -132,7 +202,11 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
         .ok_or_else(|| Error::not_found(format!("definition {} does not exist", entry.definition_id)))?;
     let function = control.functions().get(entry.function_id).await?;
     // The function may have a newer draft; the container runs the definition that was decided on.
-    let function = Function { definition_id: entry.definition_id, spec, ..function };
+    let function = Function {
+        definition_id: entry.definition_id,
+        spec,
+        ..function
+    };
     let app = control.apps().get(function.app_id).await?;
     let environment = control.environments().get_by_id(app.environment_id).await?;
     let spec = &function.spec;
@@ -142,13 +216,19 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
     let image = match control.images().get(image_id).await?.state {
         ImageState::Ready { image } => image,
         ImageState::Building | ImageState::Failed { .. } => {
-            return Err(Error::precondition(format!("the image {image_id} of function '{}' is not built", spec.name)));
+            return Err(Error::precondition(format!(
+                "the image {image_id} of function '{}' is not built",
+                spec.name
+            )));
         }
     };
     if !spec.volume_mounts.is_empty() {
         return Err(Error::new(
-            ionian_domain::ErrorKind::Unimplemented,
-            format!("function '{}' mounts volumes, which are not available on this server yet", spec.name),
+            ErrorKind::Unimplemented,
+            format!(
+                "function '{}' mounts volumes, which are not available on this server yet",
+                spec.name
+            ),
         ));
     }
     if let Some(gpu) = &spec.resources.gpu {
@@ -163,13 +243,20 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
     }
     let secret_env = control.secrets().open(&spec.secret_ids).await?;
     let functions = control.published_functions(&app).await?;
-    let hooked = spec.web.as_ref().into_iter().chain(spec.web_methods.iter().map(|(_, web)| web)).any(|web| {
-        match web.kind {
+    let hooked = spec
+        .web
+        .as_ref()
+        .into_iter()
+        .chain(spec.web_methods.iter().map(|(_, web)| web))
+        .any(|web| match web.kind {
             WebKind::AsgiApp | WebKind::FastapiEndpoint | WebKind::WsgiApp => true,
             WebKind::WebServer => false,
-        }
-    });
-    let web_hook = if hooked && control.config().web_hook { WebHookMode::On } else { WebHookMode::Off };
+        });
+    let web_hook = if hooked && control.config().web_hook {
+        WebHookMode::On
+    } else {
+        WebHookMode::Off
+    };
     let arguments = control.encode_arguments(&ArgumentsRequest {
         container_id: entry.container_id,
         app: &app,
@@ -180,14 +267,23 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
     });
     let credential = control.containers().issue_credential(entry.container_id);
     let platform_env = BTreeMap::from([
-        ("MODAL_SERVER_URL".to_owned(), control.config().container_server_url.clone()),
+        (
+            "MODAL_SERVER_URL".to_owned(),
+            control.config().container_server_url.clone(),
+        ),
         ("MODAL_IS_REMOTE".to_owned(), "1".to_owned()),
         ("MODAL_TASK_ID".to_owned(), entry.container_id.to_string()),
         ("MODAL_IMAGE_ID".to_owned(), image_id.to_string()),
         ("MODAL_ENVIRONMENT".to_owned(), environment.name.clone()),
-        ("MODAL_CLOUD_PROVIDER".to_owned(), "CLOUD_PROVIDER_UNSPECIFIED".to_owned()),
+        (
+            "MODAL_CLOUD_PROVIDER".to_owned(),
+            "CLOUD_PROVIDER_UNSPECIFIED".to_owned(),
+        ),
         ("MODAL_REGION".to_owned(), "local".to_owned()),
-        ("MODAL_OVERRIDE_HEADERS".to_owned(), format!("{CREDENTIAL_HEADER}:{credential}")),
+        (
+            "MODAL_OVERRIDE_HEADERS".to_owned(),
+            format!("{CREDENTIAL_HEADER}:{credential}"),
+        ),
     ]);
     let app_name = app.name.clone().unwrap_or_else(|| app.description.clone());
     let container = ContainerSpec {
@@ -207,6 +303,7 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
         mount_client_dependencies: spec.mount_client_dependencies,
         web_hook,
     };
+    let secrets = spec.secret_ids.clone();
     control.containers().insert(ContainerEntry::new(
         entry.container_id,
         app_name,
@@ -214,7 +311,10 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Container
         Arc::new(function),
         Timestamp::now(),
     ));
-    Ok(container)
+    Ok(Prepared {
+        spec: Arc::new(container),
+        secrets,
+    })
 }
 
 /// The request header that carries a container's credential.

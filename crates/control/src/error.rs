@@ -18,7 +18,11 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 impl Error {
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), source: None }
+        Self {
+            kind,
+            message: message.into(),
+            source: None,
+        }
     }
 
     pub fn not_found(message: impl Into<String>) -> Self {
@@ -43,7 +47,11 @@ impl Error {
 
     /// Our fault: `doing` says what failed, the source goes to the log.
     pub fn internal(doing: impl Into<String>, source: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
-        Self { kind: ErrorKind::Internal, message: doing.into(), source: Some(source.into()) }
+        Self {
+            kind: ErrorKind::Internal,
+            message: doing.into(),
+            source: Some(source.into()),
+        }
     }
 
     pub fn kind(&self) -> ErrorKind {
@@ -63,7 +71,9 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.source.as_deref().map(|source| source as &(dyn std::error::Error + 'static))
+        self.source
+            .as_deref()
+            .map(|source| source as &(dyn std::error::Error + 'static))
     }
 }
 
@@ -71,7 +81,11 @@ impl From<ionian_store::StoreError> for Error {
     fn from(source: ionian_store::StoreError) -> Self {
         match source.kind() {
             ErrorKind::Internal => Self::internal("the server could not use its database", source),
-            kind => Self { kind, message: source.source.to_string(), source: Some(Box::new(source)) },
+            kind => Self {
+                kind,
+                message: source.source.to_string(),
+                source: Some(Box::new(source)),
+            },
         }
     }
 }
@@ -89,9 +103,10 @@ impl From<Refusal> for Error {
                 "the function is not running: its app was stopped, or it was not published yet; deploy it again",
             ),
             Refusal::UnknownCall => Self::not_found("the function call is unknown or has expired"),
-            Refusal::QueueFull => {
-                Self::new(ErrorKind::Exhausted, "too many inputs wait for this function; slow down and try again")
-            }
+            Refusal::QueueFull => Self::new(
+                ErrorKind::Exhausted,
+                "too many inputs wait for this function; slow down and try again",
+            ),
             Refusal::UnknownContainer => Self::not_found("the container is not running"),
         }
     }

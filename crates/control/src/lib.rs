@@ -13,8 +13,11 @@ pub mod dispatch;
 pub mod effects;
 pub mod error;
 pub mod logs;
+mod notices;
 pub mod seal;
+mod sessions;
 mod start;
+mod sweep;
 pub mod turn_loop;
 pub mod web;
 

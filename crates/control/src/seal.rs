@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 
 use chacha20poly1305::aead::{Aead, KeyInit, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
+use hmac::{Hmac, Mac};
 use ionian_domain::SecretId;
+use sha2::Sha256;
 use zeroize::Zeroizing;
 
 /// Bytes before the ciphertext: a version and the nonce.
@@ -15,6 +17,8 @@ const VERSION: u8 = 1;
 #[derive(Clone)]
 pub struct Sealer {
     cipher: XChaCha20Poly1305,
+    /// Draws names from values; a key of its own, so that names say nothing about the cipher's.
+    name_key: Zeroizing<[u8; 32]>,
 }
 
 impl std::fmt::Debug for Sealer {
@@ -33,7 +37,17 @@ pub enum SealError {
 
 impl Sealer {
     pub fn new(key: &Zeroizing<[u8; 32]>) -> Self {
-        Self { cipher: XChaCha20Poly1305::new(key.as_slice().try_into().expect("the key has 32 bytes")) }
+        Self {
+            cipher: XChaCha20Poly1305::new(key.as_slice().try_into().expect("the key has 32 bytes")),
+            name_key: Zeroizing::new(keyed(key.as_slice(), &[b"ionian names of secrets"])),
+        }
+    }
+
+    /// A name for these values: equal values in one scope have one name, and without the key nobody can
+    /// tell from a name which values it stands for.
+    pub fn name(&self, scope: &str, values: &BTreeMap<String, String>) -> SecretId {
+        let plain = Zeroizing::new(serde_json::to_vec(values).expect("a map of strings is JSON"));
+        SecretId::from_digest(&keyed(self.name_key.as_slice(), &[scope.as_bytes(), b"\0", &plain]))
     }
 
     /// The id is bound in, so that a row's values cannot be moved to another secret.
@@ -44,7 +58,13 @@ impl Sealer {
         let aad = id.to_string();
         let ciphertext = self
             .cipher
-            .encrypt(&nonce, Payload { msg: &plain, aad: aad.as_bytes() })
+            .encrypt(
+                &nonce,
+                Payload {
+                    msg: &plain,
+                    aad: aad.as_bytes(),
+                },
+            )
             .expect("sealing fails only beyond 256 GiB");
         let mut sealed = Vec::with_capacity(1 + NONCE_LENGTH + ciphertext.len());
         sealed.push(VERSION);
@@ -63,10 +83,24 @@ impl Sealer {
         let aad = id.to_string();
         let plain = self
             .cipher
-            .decrypt(&XNonce::from(nonce), Payload { msg: ciphertext, aad: aad.as_bytes() })
+            .decrypt(
+                &XNonce::from(nonce),
+                Payload {
+                    msg: ciphertext,
+                    aad: aad.as_bytes(),
+                },
+            )
             .map_err(|_| SealError::WrongKey(id))?;
         serde_json::from_slice(&Zeroizing::new(plain)).map_err(|_| SealError::Damaged(id))
     }
+}
+
+fn keyed(key: &[u8], parts: &[&[u8]]) -> [u8; 32] {
+    let mut mac = Hmac::<Sha256>::new_from_slice(key).expect("HMAC takes keys of any length");
+    for part in parts {
+        mac.update(part);
+    }
+    mac.finalize().into_bytes().into()
 }
 
 #[cfg(test)]
@@ -85,7 +119,20 @@ mod tests {
         assert!(!sealed.windows(12).any(|window| window == b"s3cr3t-value"));
         assert_eq!(sealer(1).open(id, &sealed).unwrap(), values);
         assert!(matches!(sealer(2).open(id, &sealed), Err(SealError::WrongKey(_))));
-        assert!(matches!(sealer(1).open(SecretId::generate(), &sealed), Err(SealError::WrongKey(_))));
+        assert!(matches!(
+            sealer(1).open(SecretId::generate(), &sealed),
+            Err(SealError::WrongKey(_))
+        ));
         assert!(matches!(sealer(1).open(id, &sealed[..10]), Err(SealError::Damaged(_))));
+    }
+
+    #[test]
+    fn equal_values_have_one_name_per_scope_and_key() {
+        let values = |value: &str| BTreeMap::from([("A".to_owned(), value.to_owned())]);
+        let name = sealer(1).name("main", &values("1"));
+        assert_eq!(name, sealer(1).name("main", &values("1")));
+        assert_ne!(name, sealer(1).name("main", &values("2")));
+        assert_ne!(name, sealer(1).name("other", &values("1")));
+        assert_ne!(name, sealer(2).name("main", &values("1")));
     }
 }

@@ -8,10 +8,10 @@ use std::time::Duration;
 use ionian_blobs::{BlobStore, ContentStore};
 use ionian_domain::app::AppState;
 use ionian_domain::environment::Environment;
-use ionian_domain::log::{LogEntry, LogStream};
+use ionian_domain::function::Autoscaler;
 use ionian_domain::web::PoolEvent;
 use ionian_domain::worker::{DesiredSet, WorkerReport};
-use ionian_domain::{AppId, EnvironmentId, Timestamp};
+use ionian_domain::{EnvironmentId, FunctionId, Timestamp};
 use ionian_scheduler::{Event, Scheduler};
 use ionian_store::Store;
 use parking_lot::Mutex;
@@ -20,30 +20,32 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
-use crate::app::calls::{Calls, GeneratorStreams, Payloads};
-use crate::app::images::{Builds, Images, PresentFn};
+use crate::app::builds::Builds;
+use crate::app::calls::{Calls, Consumed};
+use crate::app::images::{Images, PresentFn};
+use crate::app::payloads::Payloads;
+use crate::app::streams::GeneratorStreams;
 use crate::app::{
     apps::Apps, container_calls::ContainerCalls, environments::Environments, functions::Functions, mounts::Mounts,
-    secrets::Secrets, tokens::Tokens,
+    secrets::Secrets, tasks::Tasks, tokens::Tokens,
 };
 use crate::containers::Containers;
 use crate::data_channel::DataChannels;
 use crate::dispatch::{ArgumentsFn, ArgumentsRequest};
-use crate::effects::{ContainersSnapshot, Effects, Notice, OutputsHub};
+use crate::effects::{ContainersSnapshot, Effects, OutputsHub};
 use crate::error::Error;
 use crate::logs::{LogError, Logs};
 use crate::seal::Sealer;
+use crate::sessions::Heartbeats;
 use crate::turn_loop::{self, TurnHandle};
-use crate::web::{DemandReport, DemandSender, RequestLog, RouteTable, ServedRequest, WebLink};
-use crate::{BuildFn, ControlConfig, dispatch};
+use crate::web::{DemandReport, DemandSender, RequestLog, RouteTable, WebLink};
+use crate::{BuildFn, ControlConfig, dispatch, notices, sweep};
 
 /// Events for the ingress; it drains them at once, and control waits where it does not.
 const POOL_EVENTS: usize = 1024;
 const DEMAND_REPORTS: usize = 1024;
 const WORKER_REPORTS: usize = 1024;
 const NOTICES: usize = 256;
-/// How often abandoned apps and streams are looked for.
-const SWEEP_PERIOD: Duration = Duration::from_secs(10);
 
 /// What control is made of.
 pub struct Parts {
@@ -94,15 +96,20 @@ struct Inner {
     outputs: OutputsHub,
     payloads: Payloads,
     streams: GeneratorStreams,
+    consumed: Consumed,
     containers: Containers,
     data_channels: DataChannels,
     snapshot: watch::Receiver<ContainersSnapshot>,
     logs: Logs,
     builds: Builds,
+    /// These three are held while the database is read and written, and for nothing that takes longer.
     images_turn: tokio::sync::Mutex<()>,
+    apps_turn: tokio::sync::Mutex<()>,
     routes: watch::Sender<Arc<RouteTable>>,
     routes_turn: tokio::sync::Mutex<()>,
     heartbeats: Heartbeats,
+    /// Settings that were changed since their functions were published.
+    autoscaler_overrides: Mutex<HashMap<FunctionId, Autoscaler>>,
     build: BuildFn,
     layers_present: PresentFn,
     encode_arguments: ArgumentsFn,
@@ -117,7 +124,9 @@ pub struct Control {
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("config", &self.inner.config).finish_non_exhaustive()
+        f.debug_struct("Control")
+            .field("config", &self.inner.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -136,7 +145,8 @@ impl Control {
         let (routes, routes_receiver) = watch::channel(Arc::new(RouteTable::default()));
         let logs = Logs::open(parts.config.data_dir.join("logs"))?;
         let containers = Containers::new(parts.container_key);
-        let data_channels = DataChannels::default();
+        let data_channels = DataChannels::new(containers.clone());
+        let build_logs = parts.config.data_dir.join("build-logs");
         let outputs = OutputsHub::default();
         let effects = Effects {
             outputs: outputs.clone(),
@@ -159,15 +169,18 @@ impl Control {
                 outputs,
                 payloads: Payloads::default(),
                 streams: GeneratorStreams::default(),
+                consumed: Consumed::default(),
                 containers,
                 data_channels: data_channels.clone(),
                 snapshot,
                 logs,
-                builds: Builds::default(),
+                builds: Builds::new(build_logs),
                 images_turn: tokio::sync::Mutex::default(),
+                apps_turn: tokio::sync::Mutex::default(),
                 routes,
                 routes_turn: tokio::sync::Mutex::default(),
                 heartbeats: Heartbeats::default(),
+                autoscaler_overrides: Mutex::default(),
                 build: parts.build,
                 layers_present: parts.layers_present,
                 encode_arguments: parts.encode_arguments,
@@ -175,17 +188,41 @@ impl Control {
             }),
         };
         let mut essential = JoinSet::new();
-        essential.spawn(turn_loop::run(scheduler, parts.store, effects, messages, parts.cancel.clone()));
-        essential.spawn(dispatch::run(control.clone(), entries, desired_sender, parts.cancel.clone()));
+        essential.spawn(turn_loop::run(
+            scheduler,
+            parts.store,
+            effects,
+            messages,
+            parts.cancel.clone(),
+        ));
+        essential.spawn(dispatch::run(
+            control.clone(),
+            entries,
+            desired_sender,
+            parts.cancel.clone(),
+        ));
         essential.spawn(dispatch::observe(control.clone(), incoming_reports));
-        essential.spawn(write_notices(control.clone(), incoming_notices));
+        essential.spawn(notices::write(control.clone(), incoming_notices));
         essential.spawn(pass_demand_on(control.clone(), demand));
-        essential.spawn(write_requests(control.clone(), served));
+        essential.spawn(notices::write_requests(control.clone(), served));
         control.ensure_default_environment().await?;
         control.recover().await?;
-        essential.spawn(sweep(control.clone(), parts.cancel));
-        let web = WebLink { routes: routes_receiver, pool, demand: DemandSender(demand_sender), data_channels, requests };
-        Ok(Started { control, web, desired, reports, essential })
+        essential.spawn(sweep::run_short(control.clone(), parts.cancel.clone()));
+        essential.spawn(sweep::run_long(control.clone(), parts.cancel));
+        let web = WebLink {
+            routes: routes_receiver,
+            pool,
+            demand: DemandSender(demand_sender),
+            data_channels,
+            requests,
+        };
+        Ok(Started {
+            control,
+            web,
+            desired,
+            reports,
+            essential,
+        })
     }
 
     async fn ensure_default_environment(&self) -> Result<(), Error> {
@@ -229,7 +266,12 @@ impl Control {
         let mut snapshot = self.inner.snapshot.clone();
         let empty = async {
             // The first look may be older than the event; the turn that handles it publishes anew.
-            if self.turn().inspect(|scheduler| scheduler.containers().is_empty()).await.unwrap_or(true) {
+            if self
+                .turn()
+                .inspect(|scheduler| scheduler.containers().is_empty())
+                .await
+                .unwrap_or(true)
+            {
                 return;
             }
             while snapshot.changed().await.is_ok() {
@@ -277,6 +319,10 @@ impl Control {
 
     pub fn secrets(&self) -> Secrets<'_> {
         Secrets(self)
+    }
+
+    pub fn tasks(&self) -> Tasks<'_> {
+        Tasks(self)
     }
 
     pub fn tokens(&self) -> Tokens<'_> {
@@ -328,6 +374,10 @@ impl Control {
         &self.inner.payloads
     }
 
+    pub(crate) fn consumed(&self) -> &Consumed {
+        &self.inner.consumed
+    }
+
     pub(crate) fn outputs_hub(&self) -> &OutputsHub {
         &self.inner.outputs
     }
@@ -340,12 +390,20 @@ impl Control {
         &self.inner.images_turn
     }
 
+    pub(crate) fn apps_turn(&self) -> &tokio::sync::Mutex<()> {
+        &self.inner.apps_turn
+    }
+
     pub(crate) fn routes(&self) -> &watch::Sender<Arc<RouteTable>> {
         &self.inner.routes
     }
 
     pub(crate) fn routes_turn(&self) -> &tokio::sync::Mutex<()> {
         &self.inner.routes_turn
+    }
+
+    pub(crate) fn autoscaler_overrides(&self) -> &Mutex<HashMap<FunctionId, Autoscaler>> {
+        &self.inner.autoscaler_overrides
     }
 
     pub(crate) fn heartbeats(&self) -> &Heartbeats {
@@ -374,70 +432,6 @@ impl Control {
     }
 }
 
-/// When the clients of sessions were last heard. In memory: a restart gives each a new chance.
-#[derive(Debug, Default)]
-pub(crate) struct Heartbeats {
-    seen: Mutex<HashMap<AppId, tokio::time::Instant>>,
-}
-
-impl Heartbeats {
-    pub(crate) fn touch(&self, id: AppId) {
-        self.seen.lock().insert(id, tokio::time::Instant::now());
-    }
-
-    pub(crate) fn forget(&self, id: AppId) {
-        self.seen.lock().remove(&id);
-    }
-
-    pub(crate) fn is_silent(&self, id: AppId, limit: Duration) -> bool {
-        self.seen.lock().get(&id).is_none_or(|seen| seen.elapsed() > limit)
-    }
-}
-
-/// What the platform says about a function, in its app's log.
-async fn write_notices(control: Control, mut notices: mpsc::Receiver<Notice>) {
-    while let Some(notice) = notices.recv().await {
-        let newest = control.snapshot().borrow().iter().filter(|c| c.function_id == notice.function_id).map(|c| c.id).next();
-        if let Some(entry) = newest.and_then(|id| control.containers().find(id)) {
-            control.logs().say(&entry, &notice.text).await;
-        }
-        tracing::info!(function = %notice.function_id, text = notice.text.trim_end(), "notice");
-    }
-}
-
-/// Requests in one write to the log.
-const SERVED_PER_WRITE: usize = 64;
-
-async fn write_requests(control: Control, mut served: mpsc::Receiver<ServedRequest>) {
-    let mut batch = Vec::with_capacity(SERVED_PER_WRITE);
-    while served.recv_many(&mut batch, SERVED_PER_WRITE).await > 0 {
-        let entries = batch
-            .drain(..)
-            .map(|request| {
-                let left_out = match request.left_out {
-                    0 => String::new(),
-                    count => format!("  (and {count} more requests that are not shown)"),
-                };
-                LogEntry {
-                    at: Timestamp::now(),
-                    app_id: request.app_id,
-                    function_id: request.function_id,
-                    container_id: request.container_id,
-                    stream: LogStream::Info,
-                    text: format!(
-                        "{} {} -> {}  (duration: {:.1} ms){left_out}\n",
-                        request.method,
-                        request.path,
-                        request.status,
-                        request.duration.as_secs_f64() * 1e3,
-                    ),
-                }
-            })
-            .collect();
-        control.logs().append(entries).await;
-    }
-}
-
 async fn pass_demand_on(control: Control, mut reports: mpsc::Receiver<DemandReport>) {
     while let Some(report) = reports.recv().await {
         let event = Event::WebDemand {
@@ -456,18 +450,5 @@ async fn pass_demand_on(control: Control, mut reports: mpsc::Receiver<DemandRepo
         if control.turn().tell(event).await.is_err() {
             return;
         }
-    }
-}
-
-async fn sweep(control: Control, cancel: CancellationToken) {
-    loop {
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            () = tokio::time::sleep(SWEEP_PERIOD) => {}
-        }
-        if let Err(error) = control.apps().stop_abandoned().await {
-            tracing::error!(error = &error as &dyn std::error::Error, "abandoned apps could not be stopped");
-        }
-        control.streams().sweep();
     }
 }

@@ -64,19 +64,27 @@ impl PollTicket {
     }
 
     /// Withdraws the poll. An answer that was already on its way is still returned: it names inputs
-    /// that are recorded as running here.
+    /// that are recorded as running here. Cancel-safe: dropping the future drops the ticket, which takes
+    /// such inputs back.
     pub async fn withdraw(mut self) -> PollAnswer {
-        let event = Event::PollDropped { container_id: self.container_id, poll: self.id };
-        self.answered = true;
+        let event = Event::PollDropped {
+            container_id: self.container_id,
+            poll: self.id,
+        };
         // A round trip through the loop: after it, no answer can come any more.
         let (done, barrier) = oneshot::channel();
         if self.sender.send(Message::Event(event)).await.is_ok()
-            && self.sender.send(Message::Inspect(Box::new(move |_| {
+            && self
+                .sender
+                .send(Message::Inspect(Box::new(move |_| {
                     let _hung_up = done.send(());
-                }))).await.is_ok()
+                })))
+                .await
+                .is_ok()
         {
             let _shut_down = barrier.await;
         }
+        self.answered = true;
         self.answer.try_recv().unwrap_or(PollAnswer::Empty)
     }
 }
@@ -84,19 +92,52 @@ impl PollTicket {
 impl Drop for PollTicket {
     fn drop(&mut self) {
         if !self.answered {
+            // Closed first: an answer that is released after this finds nobody and is taken back there.
+            self.answer.close();
             let event = match self.answer.try_recv() {
                 Ok(PollAnswer::Inputs(inputs)) => lost(self.container_id, &inputs),
-                Ok(PollAnswer::KillSwitch | PollAnswer::Empty) | Err(_) => {
-                    // An answer that is released after this finds the receiver closed and is taken back there.
-                    self.answer.close();
-                    Event::PollDropped { container_id: self.container_id, poll: self.id }
-                }
+                Ok(PollAnswer::KillSwitch | PollAnswer::Empty) | Err(_) => Event::PollDropped {
+                    container_id: self.container_id,
+                    poll: self.id,
+                },
             };
-            if let Err(mpsc::error::TrySendError::Full(message)) = self.sender.try_send(Message::Event(event)) {
-                let sender = self.sender.clone();
-                // Ends as soon as the loop has room; the loop always drains.
-                tokio::spawn(async move { drop(sender.send(message).await) });
-            }
+            tell_later(&self.sender, event);
+        }
+    }
+}
+
+/// Tells the loop of something from where nobody can wait.
+fn tell_later(sender: &mpsc::Sender<Message>, event: Event) {
+    if let Err(mpsc::error::TrySendError::Full(message)) = sender.try_send(Message::Event(event)) {
+        let sender = sender.clone();
+        // Ends as soon as the loop has room; the loop always drains.
+        tokio::spawn(async move { drop(sender.send(message).await) });
+    }
+}
+
+/// Inputs that are recorded as running in a container, on the way there. Dropping it before they have
+/// been handed over gives them to whoever polls next.
+pub struct DeliveryGuard {
+    container_id: ContainerId,
+    inputs: Vec<Delivery>,
+    sender: mpsc::Sender<Message>,
+}
+
+impl DeliveryGuard {
+    pub fn inputs(&self) -> &[Delivery] {
+        &self.inputs
+    }
+
+    /// The container has them.
+    pub fn handed_over(mut self) -> Vec<Delivery> {
+        std::mem::take(&mut self.inputs)
+    }
+}
+
+impl Drop for DeliveryGuard {
+    fn drop(&mut self) {
+        if !self.inputs.is_empty() {
+            tell_later(&self.sender, lost(self.container_id, &self.inputs));
         }
     }
 }
@@ -104,7 +145,13 @@ impl Drop for PollTicket {
 impl TurnHandle {
     pub(crate) fn channel() -> (Self, TurnReceiver) {
         let (sender, receiver) = mpsc::channel(QUEUED_EVENTS);
-        (Self { sender, next: Arc::new(AtomicU64::new(1)) }, TurnReceiver(receiver))
+        (
+            Self {
+                sender,
+                next: Arc::new(AtomicU64::new(1)),
+            },
+            TurnReceiver(receiver),
+        )
     }
 
     fn draw(&self) -> u64 {
@@ -113,7 +160,10 @@ impl TurnHandle {
 
     /// Reports a fact to which there is no answer.
     pub async fn tell(&self, event: Event) -> Result<()> {
-        self.sender.send(Message::Event(event)).await.map_err(|_| shutting_down())
+        self.sender
+            .send(Message::Event(event))
+            .await
+            .map_err(|_| shutting_down())
     }
 
     /// Asks for something and waits until it is recorded.
@@ -129,9 +179,31 @@ impl TurnHandle {
     pub async fn poll(&self, container_id: ContainerId, max_inputs: u32) -> Result<PollTicket> {
         let id = PollId(self.draw());
         let (sender, answer) = oneshot::channel();
-        let event = Event::PollStarted { container_id, poll: id, max_inputs };
-        self.sender.send(Message::Polled(event, id, sender)).await.map_err(|_| shutting_down())?;
-        Ok(PollTicket { container_id, id, answer, sender: self.sender.clone(), answered: false })
+        let event = Event::PollStarted {
+            container_id,
+            poll: id,
+            max_inputs,
+        };
+        self.sender
+            .send(Message::Polled(event, id, sender))
+            .await
+            .map_err(|_| shutting_down())?;
+        Ok(PollTicket {
+            container_id,
+            id,
+            answer,
+            sender: self.sender.clone(),
+            answered: false,
+        })
+    }
+
+    /// Watches over inputs until they are handed over.
+    pub fn guard(&self, container_id: ContainerId, inputs: Vec<Delivery>) -> DeliveryGuard {
+        DeliveryGuard {
+            container_id,
+            inputs,
+            sender: self.sender.clone(),
+        }
     }
 
     /// Reads the scheduler's state between two turns.
@@ -146,13 +218,19 @@ impl TurnHandle {
 }
 
 fn shutting_down() -> Error {
-    Error::new(ionian_domain::ErrorKind::Unavailable, "the server is shutting down; try again in a moment")
+    Error::new(
+        ionian_domain::ErrorKind::Unavailable,
+        "the server is shutting down; try again in a moment",
+    )
 }
 
 pub(crate) struct TurnReceiver(mpsc::Receiver<Message>);
 
 fn lost(container_id: ContainerId, inputs: &[Delivery]) -> Event {
-    Event::DeliveryLost { container_id, inputs: inputs.iter().map(|delivery| delivery.input_id).collect() }
+    Event::DeliveryLost {
+        container_id,
+        inputs: inputs.iter().map(|delivery| delivery.input_id).collect(),
+    }
 }
 
 /// Runs turns until cancelled and drained.
@@ -212,7 +290,13 @@ pub(crate) async fn run(
             })
             .collect();
         let turn = scheduler.handle(Timestamp::now(), events, &mut ContainerId::generate);
-        let Turn { writes, replies: answers, commands, desired_changed, wake_at: next } = turn;
+        let Turn {
+            writes,
+            replies: answers,
+            commands,
+            desired_changed,
+            wake_at: next,
+        } = turn;
         wake_at = next;
         if !commit(&store, writes, &cancel).await {
             return;
@@ -251,7 +335,10 @@ async fn commit(store: &Store, writes: Vec<ionian_domain::record::Write>, cancel
             }
             Err(error) => {
                 if !reported {
-                    tracing::error!(error = &error as &dyn std::error::Error, "a turn could not be committed; retrying");
+                    tracing::error!(
+                        error = &error as &dyn std::error::Error,
+                        "a turn could not be committed; retrying"
+                    );
                     reported = true;
                 }
                 tokio::select! {

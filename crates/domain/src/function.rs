@@ -44,6 +44,17 @@ pub struct Autoscaler {
     pub scaledown_window: Duration,
 }
 
+/// How long a container of a function goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ContainerUse {
+    /// One input after the other.
+    #[default]
+    Repeated,
+    /// Every input gets a container of its own, which ends with it.
+    Single,
+}
+
 /// How many inputs one container runs at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Concurrency {
@@ -100,6 +111,8 @@ pub struct FunctionSpec {
     pub is_class: bool,
     /// `@app.server`: no calls, only HTTP on a port of the user's.
     pub is_server: bool,
+    #[serde(default)]
+    pub container_use: ContainerUse,
     pub image_id: Option<ImageId>,
     pub mount_ids: Vec<MountId>,
     pub secret_ids: Vec<SecretId>,

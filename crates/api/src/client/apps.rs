@@ -12,15 +12,26 @@ use crate::service::Api;
 use crate::{decode, encode, status};
 
 fn page_url(api: &Api, app_id: AppId) -> String {
-    format!("{}/apps/{app_id}", api.control.config().public_url(&api.control.config().base_domain))
+    format!(
+        "{}/apps/{app_id}",
+        api.control.config().public_url(&api.control.config().base_domain)
+    )
 }
 
 async fn environment_of(api: &Api, app: &App) -> Result<Environment, Status> {
-    api.control.environments().get_by_id(app.environment_id).await.map_err(status::from_error)
+    api.control
+        .environments()
+        .get_by_id(app.environment_id)
+        .await
+        .map_err(status::from_error)
 }
 
 async fn get(api: &Api, app_id: &str) -> Result<App, Status> {
-    api.control.apps().get(decode::id(app_id)?).await.map_err(status::from_error)
+    api.control
+        .apps()
+        .get(decode::id(app_id)?)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn create(
@@ -32,16 +43,31 @@ pub(crate) async fn create(
         pb::AppState::Ephemeral => AppState::Ephemeral,
         pb::AppState::Detached => AppState::Detached,
         pb::AppState::Initializing => AppState::Initializing,
-        other => return Err(status::invalid(format!("an app cannot be created in state {}", other.as_str_name()))),
+        other => {
+            return Err(status::invalid(format!(
+                "an app cannot be created in state {}",
+                other.as_str_name()
+            )));
+        }
     };
     let app = api
         .control
         .apps()
-        .create(&request.environment_name, &request.description, state, request.tags, ctx.idempotency_key.as_deref())
+        .create(
+            &request.environment_name,
+            &request.description,
+            state,
+            request.tags,
+            ctx.idempotency_key.as_deref(),
+        )
         .await
         .map_err(status::from_error)?;
     let url = page_url(api, app.id);
-    Ok(pb::AppCreateResponse { app_id: app.id.to_string(), app_logs_url: format!("{url}/logs"), app_page_url: url })
+    Ok(pb::AppCreateResponse {
+        app_id: app.id.to_string(),
+        app_logs_url: format!("{url}/logs"),
+        app_page_url: url,
+    })
 }
 
 pub(crate) async fn get_or_create(
@@ -49,10 +75,24 @@ pub(crate) async fn get_or_create(
     ctx: &Context,
     request: pb::AppGetOrCreateRequest,
 ) -> Result<pb::AppGetOrCreateResponse, Status> {
-    let create = request.object_creation_type() == pb::ObjectCreationType::CreateIfMissing;
-    let environment = ctx.environment(&request.environment_name);
-    let app =
-        api.control.apps().get_or_create(environment, &request.app_name, create).await.map_err(status::from_error)?;
+    let creates = request.object_creation_type() == pb::ObjectCreationType::CreateIfMissing;
+    let name = ctx.environment(&request.environment_name);
+    let found = api
+        .control
+        .apps()
+        .find_by_name(name, &request.app_name)
+        .await
+        .map_err(status::from_error)?;
+    let app = match found {
+        Some(app) => app,
+        None => {
+            if creates {
+                ctx.check_developer("create apps")?;
+            }
+            let created = api.control.apps().get_or_create(name, &request.app_name, creates).await;
+            created.map_err(status::from_error)?
+        }
+    };
     let environment = environment_of(api, &app).await?;
     Ok(pb::AppGetOrCreateResponse {
         app_id: app.id.to_string(),
@@ -68,10 +108,20 @@ pub(crate) async fn get_by_deployment_name(
 ) -> Result<pb::AppGetByDeploymentNameResponse, Status> {
     let name = ctx.environment(&request.environment_name);
     let environment = api.control.environments().get(name).await.map_err(status::from_error)?;
-    let app = api.control.apps().find_by_name(name, &request.name).await.map_err(status::from_error)?;
+    let app = api
+        .control
+        .apps()
+        .find_by_name(name, &request.name)
+        .await
+        .map_err(status::from_error)?;
     let previous = match &app {
         Some(_) => None,
-        None => api.control.apps().find_stopped_by_name(name, &request.name).await.map_err(status::from_error)?,
+        None => api
+            .control
+            .apps()
+            .find_stopped_by_name(name, &request.name)
+            .await
+            .map_err(status::from_error)?,
     };
     Ok(pb::AppGetByDeploymentNameResponse {
         app_id: app.as_ref().map(|app| app.id.to_string()).unwrap_or_default(),
@@ -87,27 +137,32 @@ pub(crate) async fn get_lifecycle(
     request: pb::AppGetLifecycleRequest,
 ) -> Result<pb::AppGetLifecycleResponse, Status> {
     let app = get(api, &request.app_id).await?;
-    Ok(pb::AppGetLifecycleResponse { lifecycle: Some(encode::lifecycle(&app)) })
+    Ok(pb::AppGetLifecycleResponse {
+        lifecycle: Some(encode::lifecycle(&app)),
+    })
 }
 
 pub(crate) async fn get_layout(
     api: &Api,
-    ctx: &Context,
+    _: &Context,
     request: pb::AppGetLayoutRequest,
 ) -> Result<pb::AppGetLayoutResponse, Status> {
     let app = get(api, &request.app_id).await?;
-    let layout = layout_of(api, &app).await?;
-    let _ = ctx;
-    Ok(pb::AppGetLayoutResponse { app_layout: Some(layout) })
-}
-
-pub(crate) async fn layout_of(api: &Api, app: &App) -> Result<pb::AppLayout, Status> {
-    let environment = environment_of(api, app).await?;
+    let environment = environment_of(api, &app).await?;
     let mut functions = Vec::new();
     for id in app.layout.functions.values() {
-        functions.push(api.control.functions().get_running(*id).await.map_err(status::from_error)?);
+        functions.push(
+            api.control
+                .functions()
+                .get_running(*id)
+                .await
+                .map_err(status::from_error)?,
+        );
     }
-    Ok(encode::layout(&api.control, app, &environment, &functions))
+    let layout = encode::layout(&api.control, &app, &environment, &functions);
+    Ok(pb::AppGetLayoutResponse {
+        app_layout: Some(layout),
+    })
 }
 
 pub(crate) async fn publish(
@@ -116,14 +171,21 @@ pub(crate) async fn publish(
     request: pb::AppPublishRequest,
 ) -> Result<pb::AppPublishResponse, Status> {
     if request.staged {
-        return Err(Status::unimplemented("staged deployments are not available on this server yet"));
+        return Err(Status::unimplemented(
+            "staged deployments are not available on this server yet",
+        ));
     }
     let state = match request.app_state() {
         pb::AppState::Unspecified => None,
         pb::AppState::Ephemeral => Some(AppState::Ephemeral),
         pb::AppState::Detached => Some(AppState::Detached),
         pb::AppState::Deployed => Some(AppState::Deployed),
-        other => return Err(status::invalid(format!("an app cannot be published in state {}", other.as_str_name()))),
+        other => {
+            return Err(status::invalid(format!(
+                "an app cannot be published in state {}",
+                other.as_str_name()
+            )));
+        }
     };
     let mut functions = std::collections::BTreeMap::new();
     for (tag, function_id) in &request.function_ids {
@@ -145,10 +207,19 @@ pub(crate) async fn publish(
         definitions,
         deployment_tag: request.deployment_tag,
     };
-    let app =
-        api.control.apps().publish_as(&ctx.caller, decode::id(&request.app_id)?, publish).await.map_err(status::from_error)?;
+    let id = decode::id(&request.app_id)?;
+    let published = api
+        .control
+        .apps()
+        .publish_as(&ctx.caller, id, publish, ctx.is_retry)
+        .await;
+    let app = published.map_err(status::from_error)?;
     if !request.tags.is_empty() {
-        api.control.apps().set_tags(app.id, request.tags).await.map_err(status::from_error)?;
+        api.control
+            .apps()
+            .set_tags(app.id, request.tags)
+            .await
+            .map_err(status::from_error)?;
     }
     Ok(pb::AppPublishResponse {
         url: page_url(api, app.id),
@@ -159,7 +230,11 @@ pub(crate) async fn publish(
 }
 
 pub(crate) async fn heartbeat(api: &Api, _: &Context, request: pb::AppHeartbeatRequest) -> Result<(), Status> {
-    api.control.apps().heartbeat(decode::id(&request.app_id)?).await.map_err(status::from_error)
+    api.control
+        .apps()
+        .heartbeat(decode::id(&request.app_id)?)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn client_disconnect(
@@ -169,17 +244,25 @@ pub(crate) async fn client_disconnect(
 ) -> Result<(), Status> {
     let disconnect = match request.reason() {
         pb::AppDisconnectReason::DeploymentException => Disconnect::FailedDeploy,
+        pb::AppDisconnectReason::KeyboardInterrupt => Disconnect::Interrupted,
         pb::AppDisconnectReason::Unspecified
         | pb::AppDisconnectReason::LocalException
-        | pb::AppDisconnectReason::KeyboardInterrupt
         | pb::AppDisconnectReason::EntrypointCompleted
-        | pb::AppDisconnectReason::RemoteException => Disconnect::Session,
+        | pb::AppDisconnectReason::RemoteException => Disconnect::Ended,
     };
-    api.control.apps().disconnect(decode::id(&request.app_id)?, disconnect).await.map_err(status::from_error)
+    api.control
+        .apps()
+        .disconnect(decode::id(&request.app_id)?, disconnect)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn stop(api: &Api, _: &Context, request: pb::AppStopRequest) -> Result<(), Status> {
-    api.control.apps().stop(decode::id(&request.app_id)?).await.map_err(status::from_error)
+    api.control
+        .apps()
+        .stop(decode::id(&request.app_id)?)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn list(api: &Api, ctx: &Context, request: pb::AppListRequest) -> Result<pb::AppListResponse, Status> {
@@ -222,5 +305,8 @@ pub(crate) async fn deployment_history(
             ..pb::AppDeploymentHistory::default()
         })
         .collect();
-    Ok(pb::AppDeploymentHistoryResponse { app_deployment_histories: histories, production_app_version: app.version })
+    Ok(pb::AppDeploymentHistoryResponse {
+        app_deployment_histories: histories,
+        production_app_version: app.version,
+    })
 }

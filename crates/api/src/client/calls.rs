@@ -1,11 +1,12 @@
 //! Calls, as their callers see them.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use futures_util::Stream;
 use ionian_control::app::calls::{ReadOutputs, StartCall};
-use ionian_control::app::calls::Chunk;
-use ionian_domain::call::{Invocation, Payload};
+use ionian_control::app::streams::Chunk;
+use ionian_domain::call::Payload;
 use ionian_domain::record::OutputRecord;
 use ionian_domain::{CallId, Timestamp};
 use ionian_proto::client as pb;
@@ -18,7 +19,9 @@ use crate::{decode, encode, status};
 /// How many inputs of a map its client keeps in flight.
 const MAX_INPUTS_OUTSTANDING: u32 = 1_000;
 /// The longest that a stream of yielded values is silent before it looks at its call again.
-const STREAM_PATIENCE: std::time::Duration = std::time::Duration::from_secs(30);
+const STREAM_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the stream of a call that is over stays open.
+const OVER_PAUSE: Duration = Duration::from_secs(1);
 
 fn decode_inputs(
     items: Vec<pb::FunctionPutInputsItem>,
@@ -53,7 +56,6 @@ pub(crate) async fn map(
     request: pb::FunctionMapRequest,
 ) -> Result<pb::FunctionMapResponse, Status> {
     let function_id = decode::id(&request.function_id)?;
-    let retry = api.control.functions().get_running(function_id).await.map_err(status::from_error)?.spec.retry;
     let started = api
         .control
         .calls()
@@ -64,10 +66,10 @@ pub(crate) async fn map(
             parent_input_id: decode::optional_id(&request.parent_input_id)?,
             inputs: decode_inputs(request.pipelined_inputs)?,
             dedupe: ctx.idempotency_key.clone(),
-            is_retry: ctx.is_retry,
         })
         .await
         .map_err(status::from_error)?;
+    let retry = started.retry;
     Ok(pb::FunctionMapResponse {
         function_call_id: started.call_id.to_string(),
         pipelined_inputs: encode_started(started.call_id, started.inputs),
@@ -98,11 +100,12 @@ pub(crate) async fn put_inputs(
             decode::id(&request.function_id)?,
             decode_inputs(request.inputs)?,
             ctx.idempotency_key.clone(),
-            ctx.is_retry,
         )
         .await
         .map_err(status::from_error)?;
-    Ok(pb::FunctionPutInputsResponse { inputs: encode_started(call_id, inputs) })
+    Ok(pb::FunctionPutInputsResponse {
+        inputs: encode_started(call_id, inputs),
+    })
 }
 
 pub(crate) async fn finish_inputs(
@@ -123,7 +126,12 @@ fn sequence(entry_id: &str) -> Result<u64, Status> {
     if number.is_empty() {
         return Ok(0);
     }
-    number.parse().map_err(|_| status::invalid(format!("'{}' is not an entry id", entry_id.chars().take(40).collect::<String>())))
+    number.parse().map_err(|_| {
+        status::invalid(format!(
+            "'{}' is not an entry id",
+            entry_id.chars().take(40).collect::<String>()
+        ))
+    })
 }
 
 fn output(record: OutputRecord) -> pb::FunctionGetOutputsItem {
@@ -154,12 +162,17 @@ pub(crate) async fn get_outputs(
         _ => None,
     };
     let hold = decode::seconds(request.timeout);
-    if hold.is_zero() && request.clear_on_success && after == 0 && range.is_none() {
-        // The client's last word about a map: it has everything.
-        let summary = api.control.calls().summary(call_id).await.map_err(status::from_error)?;
-        if summary.call.invocation == Invocation::Sync || summary.call.invocation == Invocation::SyncLegacy {
-            api.control.calls().consume(call_id).await.map_err(status::from_error)?;
-        }
+    // Readers of single results name a range (Python) or a number of outputs (npm).
+    let is_last_word =
+        hold.is_zero() && request.clear_on_success && after == 0 && range.is_none() && request.max_values == 0;
+    if is_last_word {
+        // The reader of a map has everything that it wants.
+        let summary = api
+            .control
+            .calls()
+            .acknowledge(call_id)
+            .await
+            .map_err(status::from_error)?;
         return Ok(pb::FunctionGetOutputsResponse {
             last_entry_id: "0-0".to_owned(),
             num_unfinished_inputs: summary.input_count.saturating_sub(summary.finished_count) as i32,
@@ -175,6 +188,7 @@ pub(crate) async fn get_outputs(
             range,
             limit: u32::try_from(request.max_values).ok().filter(|limit| *limit > 0),
             hold,
+            clears: request.clear_on_success,
         })
         .await
         .map_err(status::from_error)?;
@@ -199,8 +213,12 @@ pub(crate) async fn from_id(
     _: &Context,
     request: pb::FunctionCallFromIdRequest,
 ) -> Result<pb::FunctionCallFromIdResponse, Status> {
-    let summary =
-        api.control.calls().summary(decode::id(&request.function_call_id)?).await.map_err(status::from_error)?;
+    let summary = api
+        .control
+        .calls()
+        .summary(decode::id(&request.function_call_id)?)
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::FunctionCallFromIdResponse {
         function_call_id: summary.call.id.to_string(),
         num_inputs: summary.input_count as i32,
@@ -234,8 +252,8 @@ pub(crate) fn call_of(info: Option<pb::function_call_get_data_request::CallInfo>
 
 type ChunkStream = Pin<Box<dyn Stream<Item = Result<pb::DataChunk, Status>> + Send>>;
 
-/// What a generator yields, as it yields it. Ends when the call has its outcome and everything was
-/// sent; the client drops it earlier when it has what it wants.
+/// What a generator yields, as it yields it. The client drops the stream when it has what it wants, and
+/// opens it anew when it ends: a call that is over is looked at once in a while, not without a pause.
 pub(crate) async fn get_data_out(
     api: &Api,
     _: &Context,
@@ -253,19 +271,26 @@ pub(crate) async fn get_data_out(
                 return Ok(Some((data_chunk(chunk), (control, last, ready))));
             }
             // Looked at before the chunks: a call that was over by then has put all of its chunks.
+            let mut outcome = control.calls().follow(call_id);
             let over = match control.calls().summary(call_id).await {
                 Ok(summary) => summary.input_count > 0 && summary.finished_count >= summary.input_count,
                 Err(_expired) => true,
             };
-            let (chunks, mut news) = control.streams().read(call_id, last);
+            let (chunks, mut news) = control.streams().read(call_id, last).map_err(status::from_error)?;
             if !chunks.is_empty() {
                 ready = chunks.into_iter();
                 continue;
             }
             if over {
+                tokio::time::sleep(OVER_PAUSE).await;
                 return Ok(None);
             }
-            let _timeout = tokio::time::timeout(STREAM_PATIENCE, news.changed()).await;
+            // Woken by a value or by the outcome, whichever comes first.
+            tokio::select! {
+                _ = news.changed() => {}
+                () = outcome.changed() => {}
+                () = tokio::time::sleep(STREAM_PATIENCE) => {}
+            }
         }
     });
     Ok(Box::pin(stream))

@@ -1,5 +1,6 @@
 //! Environments.
 
+use ionian_domain::ErrorKind;
 use ionian_domain::environment::Environment;
 use ionian_proto::client as pb;
 use tonic::Status;
@@ -15,13 +16,19 @@ pub(crate) async fn get_or_create(
     request: pb::EnvironmentGetOrCreateRequest,
 ) -> Result<pb::EnvironmentGetOrCreateResponse, Status> {
     let name = ctx.environment(&request.deployment_name);
-    let found = api.control.environments().get(name).await;
-    let environment = match (found, request.object_creation_type()) {
-        (Ok(environment), _) => environment,
-        (Err(_), pb::ObjectCreationType::CreateIfMissing) => {
-            api.control.environments().create(name).await.map_err(status::from_error)?
+    let creates = request.object_creation_type() == pb::ObjectCreationType::CreateIfMissing;
+    let environment = match api.control.environments().get(name).await {
+        Ok(environment) => environment,
+        Err(error) if creates && error.kind() == ErrorKind::NotFound => {
+            ctx.check_developer("create environments")?;
+            let dedupe = ctx.idempotency_key.as_deref();
+            api.control
+                .environments()
+                .create(name, dedupe)
+                .await
+                .map_err(status::from_error)?
         }
-        (Err(error), _) => return Err(status::from_error(error)),
+        Err(error) => return Err(status::from_error(error)),
     };
     Ok(pb::EnvironmentGetOrCreateResponse {
         environment_id: environment.id.to_string(),
@@ -51,9 +58,17 @@ fn item(api: &Api, environment: &Environment) -> pb::EnvironmentListItem {
 
 pub(crate) async fn list(api: &Api, _: &Context, (): ()) -> Result<pb::EnvironmentListResponse, Status> {
     let environments = api.control.environments().list().await.map_err(status::from_error)?;
-    Ok(pb::EnvironmentListResponse { items: environments.iter().map(|environment| item(api, environment)).collect() })
+    Ok(pb::EnvironmentListResponse {
+        items: environments.iter().map(|environment| item(api, environment)).collect(),
+    })
 }
 
-pub(crate) async fn create(api: &Api, _: &Context, request: pb::EnvironmentCreateRequest) -> Result<(), Status> {
-    api.control.environments().create(&request.name).await.map(|_| ()).map_err(status::from_error)
+pub(crate) async fn create(api: &Api, ctx: &Context, request: pb::EnvironmentCreateRequest) -> Result<(), Status> {
+    let dedupe = ctx.idempotency_key.as_deref();
+    api.control
+        .environments()
+        .create(&request.name, dedupe)
+        .await
+        .map(|_| ())
+        .map_err(status::from_error)
 }

@@ -16,7 +16,12 @@ use crate::{decode, encode, status};
 
 async fn app_and_environment(api: &Api, app_id: AppId) -> Result<(App, Environment), Status> {
     let app = api.control.apps().get(app_id).await.map_err(status::from_error)?;
-    let environment = api.control.environments().get_by_id(app.environment_id).await.map_err(status::from_error)?;
+    let environment = api
+        .control
+        .environments()
+        .get_by_id(app.environment_id)
+        .await
+        .map_err(status::from_error)?;
     Ok((app, environment))
 }
 
@@ -28,19 +33,23 @@ struct Endpoints {
 
 fn endpoints(
     api: &Api,
-    app: &App,
+    (app, environment): (&App, &Environment),
     tag: &str,
     own: Option<&pb::WebhookConfig>,
     methods: &std::collections::BTreeMap<String, pb::MethodDefinition>,
 ) -> Result<Endpoints, Status> {
-    let grant = |method: Option<&str>, wish: &WebWish| api.control.functions().grant(app, tag, method, wish);
+    let functions = api.control.functions();
+    let grant = |method: Option<&str>, wish: &WebWish| functions.grant(app, environment, tag, method, wish);
     let mut granted = Vec::new();
     for (name, method) in methods {
         if let Some(wish) = decode::web_wish(method.webhook_config.as_ref())? {
             granted.push((name.clone(), grant(Some(name), &wish)));
         }
     }
-    Ok(Endpoints { own: decode::web_wish(own)?.map(|wish| grant(None, &wish)), methods: granted })
+    Ok(Endpoints {
+        own: decode::web_wish(own)?.map(|wish| grant(None, &wish)),
+        methods: granted,
+    })
 }
 
 pub(crate) async fn precreate(
@@ -58,7 +67,7 @@ pub(crate) async fn precreate(
         .map_err(status::from_error)?;
     let granted = endpoints(
         api,
-        &app,
+        (&app, &environment),
         &request.function_name,
         request.webhook_config.as_ref(),
         &request.method_definitions,
@@ -107,20 +116,44 @@ pub(crate) async fn create(
             .ok_or_else(|| status::invalid("the function has no definition"))?,
         (None, None) => return Err(status::invalid("the function has no definition")),
     };
+    refuse_unsupported(&message)?;
     let tag = message.function_name.clone();
     let existing = decode::optional_id(&request.existing_function_id)?;
-    let id = api.control.functions().reserve(&app, existing, &tag).await.map_err(status::from_error)?;
+    let id = api
+        .control
+        .functions()
+        .reserve(&app, existing, &tag)
+        .await
+        .map_err(status::from_error)?;
     let mut spec = decode::function(
         &message,
         ctx.caller.client_version(),
         api.control.config().default_scaledown_window,
     )?;
-    let granted = endpoints(api, &app, &tag, message.webhook_config.as_ref(), &message.method_definitions)?;
+    let granted = endpoints(
+        api,
+        (&app, &environment),
+        &tag,
+        message.webhook_config.as_ref(),
+        &message.method_definitions,
+    )?;
     spec.web = granted.own;
     spec.web_methods = granted.methods;
     let server_warnings = warnings(&message);
-    let function = api.control.functions().create(&app, id, spec).await.map_err(status::from_error)?;
-    let echoed = encode::function(&api.control, &environment, &function);
+    let function = api
+        .control
+        .functions()
+        .create(&app, id, spec)
+        .await
+        .map_err(status::from_error)?;
+    let mut echoed = encode::function(&api.control, &environment, &function);
+    let takes_over = |web: &WebSpec| {
+        let holder = api.control.web_label_holder(&environment, web);
+        holder.is_some_and(|holder| holder != app.id)
+    };
+    if let (Some(web), Some(info)) = (&function.spec.web, &mut echoed.web_url_info) {
+        info.label_stolen = takes_over(web);
+    }
     Ok(pb::FunctionCreateResponse {
         function_id: function.id.to_string(),
         handle_metadata: Some(encode::handle_metadata(&api.control, &environment, &function)),
@@ -129,6 +162,32 @@ pub(crate) async fn create(
         server_warnings,
         ..pb::FunctionCreateResponse::default()
     })
+}
+
+/// Refuses what the function could not do without, or what would be less safe than its author believes.
+fn refuse_unsupported(message: &pb::Function) -> Result<(), Status> {
+    let endpoints = message
+        .method_definitions
+        .values()
+        .map(|method| method.webhook_config.as_ref());
+    let is_web = endpoints
+        .chain([message.webhook_config.as_ref()])
+        .flatten()
+        .any(|config| config.r#type() != pb::WebhookType::Unspecified);
+    let reason = if message.is_server || message.http_config.is_some() {
+        "server classes are not available on this server yet; use a web endpoint instead"
+    } else if message.block_network {
+        "`block_network` is not available on this server yet: its containers would reach the network all the same"
+    } else if message.experimental_group_size > 1 {
+        "clusters of several containers are not available on this server yet"
+    } else if !message.proxy_id.as_deref().unwrap_or_default().is_empty() {
+        "static IP proxies are not available on this server yet; requests leave from the addresses of its machines"
+    } else if is_web && decode::is_single_use(message) {
+        "single-use containers are not available for web endpoints on this server yet"
+    } else {
+        return Ok(());
+    };
+    Err(Status::unimplemented(format!("{}: {reason}", message.function_name)))
 }
 
 /// Settings that this server takes and does not act on yet, said to the user at deploy time.
@@ -142,6 +201,13 @@ fn warnings(message: &pb::Function) -> Vec<pb::Warning> {
     }
     if !message.volume_mounts.is_empty() {
         sentences.push("volumes are not available on this server yet: the function's containers cannot start");
+    }
+    let gpu = message
+        .resources
+        .as_ref()
+        .and_then(|resources| resources.gpu_config.as_ref());
+    if gpu.is_some_and(|gpu| gpu.count > 0) {
+        sentences.push("this server has no GPU: the function's containers cannot start");
     }
     sentences
         .into_iter()
@@ -157,13 +223,27 @@ pub(crate) async fn get(
     ctx: &Context,
     request: pb::FunctionGetRequest,
 ) -> Result<pb::FunctionGetResponse, Status> {
+    if request.app_version != 0 {
+        return Err(Status::unimplemented(
+            "calling an older version of an app is not available on this server yet",
+        ));
+    }
     let name = ctx.environment(&request.environment_name);
-    let found = api.control.functions().get_by_name(name, &request.app_name, &request.object_tag).await;
+    let found = api
+        .control
+        .functions()
+        .get_by_name(name, &request.app_name, &request.object_tag)
+        .await;
     let (app, function) = match found {
         Ok(found) => found,
         Err(error) => return Err(lookup_error(api, name, &request, error).await),
     };
-    let environment = api.control.environments().get_by_id(app.environment_id).await.map_err(status::from_error)?;
+    let environment = api
+        .control
+        .environments()
+        .get_by_id(app.environment_id)
+        .await
+        .map_err(status::from_error)?;
     let echoed = encode::function(&api.control, &environment, &function);
     Ok(pb::FunctionGetResponse {
         function_id: function.id.to_string(),
@@ -181,19 +261,20 @@ async fn lookup_error(
     error: ionian_control::Error,
 ) -> Status {
     let is_class = error.kind() == ErrorKind::NotFound
-        && api.control.functions().get_class(environment, &request.app_name, &request.object_tag).await.is_ok();
+        && api
+            .control
+            .functions()
+            .get_class(environment, &request.app_name, &request.object_tag)
+            .await
+            .is_ok();
     let status = status::from_error(error);
     if !is_class {
         return status;
     }
-    let detail =
-        pb::FunctionLookupError { reason: pb::function_lookup_error::Reason::ClassNameUsed.into() };
-    let details = match prost_types::Any::from_msg(&detail) {
-        Ok(any) => vec![any],
-        Err(_) => Vec::new(),
+    let detail = pb::FunctionLookupError {
+        reason: pb::function_lookup_error::Reason::ClassNameUsed.into(),
     };
-    let rich = pb::RpcStatus { code: status.code() as i32, message: status.message().to_owned(), details };
-    Status::with_details(status.code(), status.message(), rich.encode_to_vec().into())
+    status::with_detail(&status, &detail)
 }
 
 pub(crate) async fn get_by_id(
@@ -201,8 +282,12 @@ pub(crate) async fn get_by_id(
     _: &Context,
     request: pb::FunctionGetByIdRequest,
 ) -> Result<pb::FunctionGetByIdResponse, Status> {
-    let function =
-        api.control.functions().get_running(decode::id(&request.function_id)?).await.map_err(status::from_error)?;
+    let function = api
+        .control
+        .functions()
+        .get_running(decode::id(&request.function_id)?)
+        .await
+        .map_err(status::from_error)?;
     let (_, environment) = app_and_environment(api, function.app_id).await?;
     let echoed = encode::function(&api.control, &environment, &function);
     Ok(pb::FunctionGetByIdResponse {
@@ -216,11 +301,21 @@ pub(crate) async fn class_create(
     _: &Context,
     request: pb::ClassCreateRequest,
 ) -> Result<pb::ClassCreateResponse, Status> {
-    let app = api.control.apps().get(decode::id(&request.app_id)?).await.map_err(status::from_error)?;
+    let app = api
+        .control
+        .apps()
+        .get(decode::id(&request.app_id)?)
+        .await
+        .map_err(status::from_error)?;
     let existing: Option<ionian_domain::ClassId> = decode::optional_id(&request.existing_class_id)?;
     // The request has no name; the id is what the app's layout will name when it is published.
     let name = existing.map_or_else(|| ionian_domain::ClassId::generate().to_string(), |id| id.to_string());
-    let id = api.control.functions().create_class(&app, existing, &name).await.map_err(status::from_error)?;
+    let id = api
+        .control
+        .functions()
+        .create_class(&app, existing, &name)
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::ClassCreateResponse {
         class_id: id.to_string(),
         handle_metadata: Some(pb::ClassHandleMetadata::default()),
@@ -248,11 +343,15 @@ pub(crate) async fn class_get(
 
 pub(crate) async fn bind_params(
     api: &Api,
-    ctx: &Context,
+    _: &Context,
     request: pb::FunctionBindParamsRequest,
 ) -> Result<pb::FunctionBindParamsResponse, Status> {
-    let base =
-        api.control.functions().get_running(decode::id(&request.function_id)?).await.map_err(status::from_error)?;
+    let base = api
+        .control
+        .functions()
+        .get_running(decode::id(&request.function_id)?)
+        .await
+        .map_err(status::from_error)?;
     let options = request.function_options.unwrap_or_default();
     let mut message = encode::definition(&base);
     apply_options(&mut message, &options)?;
@@ -270,7 +369,6 @@ pub(crate) async fn bind_params(
         .await
         .map_err(status::from_error)?;
     let (_, environment) = app_and_environment(api, bound.app_id).await?;
-    let _ = ctx;
     Ok(pb::FunctionBindParamsResponse {
         bound_function_id: bound.id.to_string(),
         handle_metadata: Some(encode::handle_metadata(&api.control, &environment, &bound)),
@@ -280,7 +378,9 @@ pub(crate) async fn bind_params(
 /// What `with_options`, `with_concurrency` and `with_batching` change; what they leave out stays.
 fn apply_options(message: &mut pb::Function, options: &pb::FunctionOptions) -> Result<(), Status> {
     if options.pinned_app_version.is_some() {
-        return Err(Status::unimplemented("calling an older version of an app is not available on this server yet"));
+        return Err(Status::unimplemented(
+            "calling an older version of an app is not available on this server yet",
+        ));
     }
     if options.replace_secret_ids {
         message.secret_ids.clone_from(&options.secret_ids);
@@ -333,7 +433,12 @@ pub(crate) async fn current_stats(
     _: &Context,
     request: pb::FunctionGetCurrentStatsRequest,
 ) -> Result<pb::FunctionStats, Status> {
-    let stats = api.control.functions().stats(decode::id(&request.function_id)?).await.map_err(status::from_error)?;
+    let stats = api
+        .control
+        .functions()
+        .stats(decode::id(&request.function_id)?)
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::FunctionStats {
         backlog: stats.backlog,
         num_total_tasks: stats.containers,
@@ -348,9 +453,15 @@ pub(crate) async fn update_scheduling(
     request: pb::FunctionUpdateSchedulingParamsRequest,
 ) -> Result<pb::FunctionUpdateSchedulingParamsResponse, Status> {
     let id = decode::id(&request.function_id)?;
-    let function = api.control.functions().get_running(id).await.map_err(status::from_error)?;
+    let function = api
+        .control
+        .functions()
+        .get_running(id)
+        .await
+        .map_err(status::from_error)?;
     let wanted = request.settings.unwrap_or_default();
-    let mut autoscaler = function.spec.autoscaler;
+    // What is left out stays as it is, be it from the decorator or from an earlier update.
+    let mut autoscaler = api.control.functions().autoscaler(&function);
     if let Some(count) = wanted.min_containers {
         autoscaler.min_containers = count;
     }
@@ -363,7 +474,21 @@ pub(crate) async fn update_scheduling(
     if let Some(seconds) = wanted.scaledown_window {
         autoscaler.scaledown_window = std::time::Duration::from_secs(u64::from(seconds));
     }
-    api.control.functions().update_autoscaler(id, autoscaler.clone()).await.map_err(status::from_error)?;
+    if autoscaler
+        .max_containers
+        .is_some_and(|max| autoscaler.min_containers > max)
+    {
+        return Err(status::invalid(format!(
+            "min_containers ({}) is greater than max_containers ({})",
+            autoscaler.min_containers,
+            autoscaler.max_containers.unwrap_or(0)
+        )));
+    }
+    api.control
+        .functions()
+        .update_autoscaler(&function, autoscaler.clone())
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::FunctionUpdateSchedulingParamsResponse {
         current_settings: Some(pb::AutoscalerSettings {
             min_containers: Some(autoscaler.min_containers),

@@ -22,7 +22,9 @@ pub(crate) async fn get_or_create(
     ctx: &Context,
     request: pb::ImageGetOrCreateRequest,
 ) -> Result<pb::ImageGetOrCreateResponse, Status> {
-    let message = request.image.ok_or_else(|| status::invalid("the image has no definition"))?;
+    let message = request
+        .image
+        .ok_or_else(|| status::invalid("the image has no definition"))?;
     let builder_version = if request.builder_version.is_empty() {
         api.control.config().image_builder_version.clone()
     } else {
@@ -32,8 +34,12 @@ pub(crate) async fn get_or_create(
     let force = request.force_build || request.ignore_cache;
     let app_id = decode::optional_id(&request.app_id)?;
     let client_version = ctx.caller.client_version();
-    let image =
-        api.control.images().get_or_create(spec, app_id, client_version, force).await.map_err(status::from_error)?;
+    let image = api
+        .control
+        .images()
+        .get_or_create(spec, app_id, client_version, force)
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::ImageGetOrCreateResponse {
         image_id: image.id.to_string(),
         result: encode::image_result(&image.state),
@@ -55,11 +61,16 @@ async fn spec(
     builder_version: String,
 ) -> Result<ImageSpec, Status> {
     if !message.volume_mounts.is_empty() {
-        return Err(Status::unimplemented("volumes in image builds are not available on this server yet"));
+        return Err(Status::unimplemented(
+            "volumes in image builds are not available on this server yet",
+        ));
     }
     let mut context_files = Vec::new();
     for file in message.context_files {
-        context_files.push(ContextFile { sha256_hex: keep(api, file.data).await?, name: file.filename });
+        context_files.push(ContextFile {
+            sha256_hex: keep(api, file.data).await?,
+            name: file.filename,
+        });
     }
     let registry_auth = match message.image_registry_config {
         None => RegistryAuth::Public,
@@ -91,20 +102,25 @@ async fn spec(
 /// Puts a context file's bytes where files are kept by content.
 async fn keep(api: &Api, data: Bytes) -> Result<String, Status> {
     let hash = ContentHash::of(&data);
-    api.control.content().put(hash, data).await.map_err(|error| status::from_kind(error.kind(), &error))?;
+    api.control
+        .content()
+        .put(hash, data)
+        .await
+        .map_err(|error| status::from_kind(error.kind(), &error))?;
     Ok(hash.to_string())
 }
 
 type JoinStream = Pin<Box<dyn Stream<Item = Result<pb::ImageJoinStreamingResponse, Status>> + Send>>;
 
 /// The build's log as it is written, then its result.
-pub(crate) async fn join(
-    api: &Api,
-    _: &Context,
-    request: pb::ImageJoinStreamingRequest,
-) -> Result<JoinStream, Status> {
+pub(crate) async fn join(api: &Api, _: &Context, request: pb::ImageJoinStreamingRequest) -> Result<JoinStream, Status> {
     let id = decode::id(&request.image_id)?;
-    let from: u64 = request.last_entry_id.split('-').next().and_then(|number| number.parse().ok()).unwrap_or(0);
+    let from: u64 = request
+        .last_entry_id
+        .split('-')
+        .next()
+        .and_then(|number| number.parse().ok())
+        .unwrap_or(0);
     let deadline = tokio::time::Instant::now() + decode::seconds(request.timeout).min(MAX_HOLD);
     let control = api.control.clone();
     let stream = futures_util::stream::try_unfold(Some(from), move |from| {
@@ -112,7 +128,11 @@ pub(crate) async fn join(
         async move {
             let Some(from) = from else { return Ok(None) };
             let hold = deadline.saturating_duration_since(tokio::time::Instant::now());
-            let page = control.images().build_log(id, from, hold).await.map_err(status::from_error)?;
+            let page = control
+                .images()
+                .build_log(id, from, hold)
+                .await
+                .map_err(status::from_error)?;
             let Some(state) = page.result else {
                 if page.lines.is_empty() {
                     // The hold is over; the client comes back with the last entry id.
@@ -125,7 +145,13 @@ pub(crate) async fn join(
                 };
                 return Ok(Some((response, Some(page.next))));
             };
-            let builder_version = control.images().get(id).await.map_err(status::from_error)?.spec.builder_version;
+            let builder_version = control
+                .images()
+                .get(id)
+                .await
+                .map_err(status::from_error)?
+                .spec
+                .builder_version;
             let metadata = match &state {
                 ImageState::Ready { image } => Some(encode::image_metadata(image, &builder_version)),
                 ImageState::Building | ImageState::Failed { .. } => None,
@@ -148,8 +174,16 @@ pub(crate) async fn from_id(
     _: &Context,
     request: pb::ImageFromIdRequest,
 ) -> Result<pb::ImageFromIdResponse, Status> {
-    let image = api.control.images().get(decode::id(&request.image_id)?).await.map_err(status::from_error)?;
+    let image = api
+        .control
+        .images()
+        .get(decode::id(&request.image_id)?)
+        .await
+        .map_err(status::from_error)?;
     let metadata = metadata(&image)
         .ok_or_else(|| Status::failed_precondition(format!("image {} is not built", request.image_id)))?;
-    Ok(pb::ImageFromIdResponse { image_id: image.id.to_string(), metadata: Some(metadata) })
+    Ok(pb::ImageFromIdResponse {
+        image_id: image.id.to_string(),
+        metadata: Some(metadata),
+    })
 }

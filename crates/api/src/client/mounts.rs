@@ -12,9 +12,12 @@ use crate::{decode, encode, status};
 
 /// The client asks for 64 at a time.
 const MAX_HASHES: usize = 10_000;
+/// The whole set is looked up, one by one.
+const MAX_FILES: usize = ionian_control::app::mounts::MAX_MOUNT_FILES;
 
 fn hash(text: &str) -> Result<ContentHash, Status> {
-    text.parse().map_err(|error: ionian_blobs::InvalidHash| status::invalid(error.to_string()))
+    text.parse()
+        .map_err(|error: ionian_blobs::InvalidHash| status::invalid(error.to_string()))
 }
 
 fn content_error(error: &ContentError) -> Status {
@@ -27,10 +30,21 @@ pub(crate) async fn check_existence(
     request: pb::MountBatchedCheckExistenceRequest,
 ) -> Result<pb::MountBatchedCheckExistenceResponse, Status> {
     if request.sha256_hex_hashes.len() > MAX_HASHES {
-        return Err(status::invalid(format!("at most {MAX_HASHES} files can be asked about at once")));
+        return Err(status::invalid(format!(
+            "at most {MAX_HASHES} files can be asked about at once"
+        )));
     }
-    let hashes: Vec<ContentHash> = request.sha256_hex_hashes.iter().map(|text| hash(text)).collect::<Result<_, _>>()?;
-    let missing = api.control.content().missing(&hashes).await.map_err(|error| content_error(&error))?;
+    let hashes: Vec<ContentHash> = request
+        .sha256_hex_hashes
+        .iter()
+        .map(|text| hash(text))
+        .collect::<Result<_, _>>()?;
+    let missing = api
+        .control
+        .content()
+        .missing(&hashes)
+        .await
+        .map_err(|error| content_error(&error))?;
     Ok(pb::MountBatchedCheckExistenceResponse {
         missing_sha256_hex_hashes: missing.iter().map(ToString::to_string).collect(),
         checked_at: Some(encode::proto_timestamp(Timestamp::now())),
@@ -59,7 +73,10 @@ pub(crate) async fn put_file(
         }
         None => content.contains(hash).await.map_err(|error| content_error(&error))?,
     };
-    Ok(pb::MountPutFileResponse { exists, checked_at: Some(encode::proto_timestamp(Timestamp::now())) })
+    Ok(pb::MountPutFileResponse {
+        exists,
+        checked_at: Some(encode::proto_timestamp(Timestamp::now())),
+    })
 }
 
 pub(crate) async fn get_or_create(
@@ -68,15 +85,34 @@ pub(crate) async fn get_or_create(
     request: pb::MountGetOrCreateRequest,
 ) -> Result<pb::MountGetOrCreateResponse, Status> {
     let mount = if request.files.is_empty() && !request.deployment_name.is_empty() {
-        api.control.mounts().get_global(&request.deployment_name).await.map_err(status::from_error)?
+        api.control
+            .mounts()
+            .get_global(&request.deployment_name)
+            .await
+            .map_err(status::from_error)?
     } else {
+        if request.files.len() > MAX_FILES {
+            return Err(status::invalid(format!(
+                "the mount has {} files; at most {MAX_FILES} are supported: exclude what is not needed with `ignore=`",
+                request.files.len()
+            )));
+        }
         let mut files = Vec::with_capacity(request.files.len());
         let mut hashes = Vec::with_capacity(request.files.len());
         for file in request.files {
             hashes.push(hash(&file.sha256_hex)?);
-            files.push(MountFile { path: file.filename, sha256_hex: file.sha256_hex, mode: file.mode });
+            files.push(MountFile {
+                path: file.filename,
+                sha256_hex: file.sha256_hex,
+                mode: file.mode,
+            });
         }
-        let missing = api.control.content().missing(&hashes).await.map_err(|error| content_error(&error))?;
+        let missing = api
+            .control
+            .content()
+            .missing(&hashes)
+            .await
+            .map_err(|error| content_error(&error))?;
         if let Some(first) = missing.first() {
             return Err(Status::failed_precondition(format!(
                 "{} of the mount's files were not uploaded (the first is {first}); deploy again",
@@ -87,6 +123,8 @@ pub(crate) async fn get_or_create(
     };
     Ok(pb::MountGetOrCreateResponse {
         mount_id: mount.id.to_string(),
-        handle_metadata: Some(pb::MountHandleMetadata { content_checksum_sha256_hex: mount.checksum_hex }),
+        handle_metadata: Some(pb::MountHandleMetadata {
+            content_checksum_sha256_hex: mount.checksum_hex,
+        }),
     })
 }

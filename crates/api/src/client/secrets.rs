@@ -33,18 +33,29 @@ pub(crate) async fn get_or_create(
     request: pb::SecretGetOrCreateRequest,
 ) -> Result<pb::SecretGetOrCreateResponse, Status> {
     let environment = ctx.environment(&request.environment_name);
-    let (name, values) = (&request.deployment_name, request.env_dict.clone());
+    let creation = request.object_creation_type();
+    let (name, values, dedupe) = (
+        &request.deployment_name,
+        request.env_dict,
+        ctx.idempotency_key.as_deref(),
+    );
     let secrets = api.control.secrets();
-    let created = match request.object_creation_type() {
+    let created = match creation {
         pb::ObjectCreationType::Unspecified => secrets.get(environment, name, &request.required_keys).await,
         pb::ObjectCreationType::CreateIfMissing => {
-            secrets.create(environment, name, values, SecretCreation::IfMissing).await
+            secrets
+                .create(environment, name, values, SecretCreation::IfMissing, dedupe)
+                .await
         }
         pb::ObjectCreationType::CreateFailIfExists => {
-            secrets.create(environment, name, values, SecretCreation::FailIfExists).await
+            secrets
+                .create(environment, name, values, SecretCreation::FailIfExists, dedupe)
+                .await
         }
         pb::ObjectCreationType::CreateOverwriteIfExists => {
-            secrets.create(environment, name, values, SecretCreation::Overwrite).await
+            secrets
+                .create(environment, name, values, SecretCreation::Overwrite, dedupe)
+                .await
         }
         pb::ObjectCreationType::AnonymousOwnedByApp => {
             let app_id: AppId = decode::id(&request.app_id)?;
@@ -53,9 +64,15 @@ pub(crate) async fn get_or_create(
         pb::ObjectCreationType::Ephemeral => secrets.create_anonymous(environment, None, values).await,
     };
     let secret = created.map_err(status::from_error)?;
+    let environment = api
+        .control
+        .environments()
+        .get_by_id(secret.environment_id)
+        .await
+        .map_err(status::from_error)?;
     Ok(pb::SecretGetOrCreateResponse {
         secret_id: secret.id.to_string(),
-        metadata: Some(metadata(&secret, environment)),
+        metadata: Some(metadata(&secret, &environment.name)),
     })
 }
 
@@ -66,9 +83,23 @@ pub(crate) async fn list(
 ) -> Result<pb::SecretListResponse, Status> {
     let pagination = request.pagination.unwrap_or_default();
     let before = (pagination.created_before > 0.0).then(|| Timestamp::from_unix_seconds(pagination.created_before));
-    let limit = u32::try_from(pagination.max_objects).ok().filter(|n| *n > 0).unwrap_or(MAX_LISTED).min(MAX_LISTED);
-    let environment = api.control.environments().get(&request.environment_name).await.map_err(status::from_error)?;
-    let secrets = api.control.secrets().list(&environment.name, before, limit).await.map_err(status::from_error)?;
+    let limit = u32::try_from(pagination.max_objects)
+        .ok()
+        .filter(|n| *n > 0)
+        .unwrap_or(MAX_LISTED)
+        .min(MAX_LISTED);
+    let environment = api
+        .control
+        .environments()
+        .get(&request.environment_name)
+        .await
+        .map_err(status::from_error)?;
+    let secrets = api
+        .control
+        .secrets()
+        .list(&environment.name, before, limit)
+        .await
+        .map_err(status::from_error)?;
     let items = secrets
         .iter()
         .map(|secret| pb::SecretListItem {
@@ -80,11 +111,19 @@ pub(crate) async fn list(
             metadata: Some(metadata(secret, &environment.name)),
         })
         .collect();
-    Ok(pb::SecretListResponse { items, environment_name: environment.name })
+    Ok(pb::SecretListResponse {
+        items,
+        environment_name: environment.name,
+    })
 }
 
-pub(crate) async fn delete(api: &Api, _: &Context, request: pb::SecretDeleteRequest) -> Result<(), Status> {
-    api.control.secrets().delete(decode::id(&request.secret_id)?).await.map_err(status::from_error)
+pub(crate) async fn delete(api: &Api, ctx: &Context, request: pb::SecretDeleteRequest) -> Result<(), Status> {
+    let id = decode::id(&request.secret_id)?;
+    api.control
+        .secrets()
+        .delete(id, ctx.is_retry)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn get_info(
@@ -92,8 +131,19 @@ pub(crate) async fn get_info(
     _: &Context,
     request: pb::SecretGetInfoRequest,
 ) -> Result<pb::SecretGetInfoResponse, Status> {
-    let secret = api.control.secrets().get_by_id(decode::id(&request.secret_id)?).await.map_err(status::from_error)?;
-    let environment =
-        api.control.environments().get_by_id(secret.environment_id).await.map_err(status::from_error)?;
-    Ok(pb::SecretGetInfoResponse { metadata: Some(metadata(&secret, &environment.name)) })
+    let secret = api
+        .control
+        .secrets()
+        .get_by_id(decode::id(&request.secret_id)?)
+        .await
+        .map_err(status::from_error)?;
+    let environment = api
+        .control
+        .environments()
+        .get_by_id(secret.environment_id)
+        .await
+        .map_err(status::from_error)?;
+    Ok(pb::SecretGetInfoResponse {
+        metadata: Some(metadata(&secret, &environment.name)),
+    })
 }

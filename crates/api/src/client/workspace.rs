@@ -32,12 +32,17 @@ pub(crate) async fn auth_token(
     let header = URL_SAFE_NO_PAD.encode(br#"{"alg":"none","typ":"JWT"}"#);
     let claims = serde_json::json!({ "exp": expires, "sub": ctx.caller.name() });
     let payload = URL_SAFE_NO_PAD.encode(claims.to_string());
-    Ok(pb::AuthTokenGetResponse { token: format!("{header}.{payload}.") })
+    Ok(pb::AuthTokenGetResponse {
+        token: format!("{header}.{payload}."),
+    })
 }
 
 pub(crate) async fn name_lookup(api: &Api, _: &Context, (): ()) -> Result<pb::WorkspaceNameLookupResponse, Status> {
     let name = api.control.config().workspace.clone();
-    Ok(pb::WorkspaceNameLookupResponse { workspace_name: name.clone(), username: name })
+    Ok(pb::WorkspaceNameLookupResponse {
+        workspace_name: name.clone(),
+        username: name,
+    })
 }
 
 pub(crate) async fn token_info(
@@ -46,7 +51,9 @@ pub(crate) async fn token_info(
     _: pb::TokenInfoGetRequest,
 ) -> Result<pb::TokenInfoGetResponse, Status> {
     let (token_id, token_name) = match &ctx.caller {
-        Caller::Client { token_id, token_name, .. } => (token_id.to_string(), token_name.clone()),
+        Caller::Client {
+            token_id, token_name, ..
+        } => (token_id.to_string(), token_name.clone()),
         Caller::Container { entry, .. } => (entry.id.to_string(), String::new()),
     };
     let workspace = api.control.config().workspace.clone();

@@ -29,8 +29,10 @@ pub(crate) async fn web_ready(
     headers: HeaderMap,
     Json(announcement): Json<Announcement>,
 ) -> (StatusCode, &'static str) {
-    let credential =
-        headers.get(ionian_control::dispatch::CREDENTIAL_HEADER).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let credential = headers
+        .get(ionian_control::dispatch::CREDENTIAL_HEADER)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
     let Some(entry) = control.containers().authenticate(credential) else {
         return (StatusCode::UNAUTHORIZED, "the container's credential is not valid");
     };
@@ -40,7 +42,10 @@ pub(crate) async fn web_ready(
     let endpoints = announcement
         .endpoints
         .into_iter()
-        .map(|endpoint| AnnouncedEndpoint { method: endpoint.method, port: endpoint.port })
+        .map(|endpoint| AnnouncedEndpoint {
+            method: endpoint.method,
+            port: endpoint.port,
+        })
         .collect();
     control.containers().announce(&entry, endpoints);
     (StatusCode::OK, "ok")

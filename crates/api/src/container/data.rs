@@ -1,12 +1,13 @@
 //! Data channels: requests and responses of web endpoints, and the values of generators.
 
 use std::pin::Pin;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
-use ionian_control::app::calls::Chunk;
+use ionian_control::app::streams::Chunk;
 use ionian_control::data_channel::{FromApp, ToApp};
-use ionian_domain::CallId;
+use ionian_domain::{CallId, ErrorKind};
 use ionian_proto::client as pb;
 use prost::Message;
 use tonic::Status;
@@ -18,13 +19,18 @@ use crate::{decode, status};
 
 /// A response body chunk that came through a blob.
 const MAX_BLOB_CHUNK: u64 = 256 * 1024 * 1024;
+/// A generator whose caller is behind tries again after this.
+const ROOM_PAUSE: Duration = Duration::from_secs(1);
 
 type ChunkStream = Pin<Box<dyn Stream<Item = Result<pb::DataChunk, Status>> + Send>>;
 
 fn encode_to_app(event: ToApp) -> pb::Asgi {
     use pb::asgi::{self, Type};
     let kind = match event {
-        ToApp::Body { bytes, more } => Type::HttpRequest(asgi::HttpRequest { body: bytes, more_body: more }),
+        ToApp::Body { bytes, more } => Type::HttpRequest(asgi::HttpRequest {
+            body: bytes,
+            more_body: more,
+        }),
         ToApp::Disconnect => Type::HttpDisconnect(asgi::HttpDisconnect {}),
         ToApp::WebsocketConnect => Type::WebsocketConnect(asgi::WebsocketConnect {}),
         ToApp::WebsocketText(text) => Type::WebsocketReceive(asgi::WebsocketReceive {
@@ -33,9 +39,9 @@ fn encode_to_app(event: ToApp) -> pb::Asgi {
         ToApp::WebsocketBinary(bytes) => Type::WebsocketReceive(asgi::WebsocketReceive {
             content: Some(asgi::websocket_receive::Content::Bytes(bytes)),
         }),
-        ToApp::WebsocketDisconnect { code } => {
-            Type::WebsocketDisconnect(asgi::WebsocketDisconnect { code: Some(u32::from(code)) })
-        }
+        ToApp::WebsocketDisconnect { code } => Type::WebsocketDisconnect(asgi::WebsocketDisconnect {
+            code: Some(u32::from(code)),
+        }),
     };
     pb::Asgi { r#type: Some(kind) }
 }
@@ -58,13 +64,18 @@ fn decode_from_app(asgi: pb::Asgi) -> Option<FromApp> {
             headers: header_pairs(start.headers),
             trailers: start.trailers,
         },
-        Type::HttpResponseBody(body) => FromApp::Body { bytes: body.body, more: body.more_body },
-        Type::HttpResponseTrailers(trailers) => {
-            FromApp::Trailers { headers: header_pairs(trailers.headers), more: trailers.more_trailers }
-        }
-        Type::WebsocketAccept(accept) => {
-            FromApp::WebsocketAccept { subprotocol: accept.subprotocol, headers: header_pairs(accept.headers) }
-        }
+        Type::HttpResponseBody(body) => FromApp::Body {
+            bytes: body.body,
+            more: body.more_body,
+        },
+        Type::HttpResponseTrailers(trailers) => FromApp::Trailers {
+            headers: header_pairs(trailers.headers),
+            more: trailers.more_trailers,
+        },
+        Type::WebsocketAccept(accept) => FromApp::WebsocketAccept {
+            subprotocol: accept.subprotocol,
+            headers: header_pairs(accept.headers),
+        },
         Type::WebsocketSend(send) => match send.content? {
             pb::asgi::websocket_send::Content::Bytes(bytes) => FromApp::WebsocketBinary(bytes),
             pb::asgi::websocket_send::Content::Text(text) => FromApp::WebsocketText(text),
@@ -103,7 +114,9 @@ pub(crate) async fn get_in(
         let chunk = pb::DataChunk {
             data_format: pb::DataFormat::Asgi.into(),
             index,
-            data_oneof: Some(pb::data_chunk::DataOneof::Data(Bytes::from(encode_to_app(event).encode_to_vec()))),
+            data_oneof: Some(pb::data_chunk::DataOneof::Data(Bytes::from(
+                encode_to_app(event).encode_to_vec(),
+            ))),
         };
         Some((Ok(chunk), (inbound, index)))
     });
@@ -111,11 +124,7 @@ pub(crate) async fn get_in(
 }
 
 /// Response events of a request, or values of a generator.
-pub(crate) async fn put_out(
-    api: &Api,
-    ctx: &Context,
-    request: pb::FunctionCallPutDataRequest,
-) -> Result<(), Status> {
+pub(crate) async fn put_out(api: &Api, ctx: &Context, request: pb::FunctionCallPutDataRequest) -> Result<(), Status> {
     let entry = ctx.container()?;
     let call_id: CallId = match request.call_info {
         Some(pb::function_call_put_data_request::CallInfo::FunctionCallId(id)) => decode::id(&id)?,
@@ -125,6 +134,11 @@ pub(crate) async fn put_out(
         None => return Err(status::invalid("the request names no call")),
     };
     let is_exchange = api.control.data_channels().inbound(entry.id, call_id).is_some();
+    if !is_exchange && !entry.runs(call_id) {
+        return Err(Status::failed_precondition(format!(
+            "no input of function call {call_id} runs in this container"
+        )));
+    }
     let mut values = Vec::new();
     for chunk in request.data_chunks {
         let payload = match chunk.data_oneof {
@@ -133,7 +147,11 @@ pub(crate) async fn put_out(
             None => decode::payload(None, None),
         };
         if !is_exchange {
-            values.push(Chunk { index: chunk.index, data_format: chunk.data_format, payload });
+            values.push(Chunk {
+                index: chunk.index,
+                data_format: chunk.data_format,
+                payload,
+            });
             continue;
         }
         let bytes = match payload {
@@ -149,10 +167,22 @@ pub(crate) async fn put_out(
         let Some(event) = decode_from_app(asgi) else {
             return Err(status::invalid("the ASGI event is not one that an app sends"));
         };
-        api.control.data_channels().push(entry.id, call_id, chunk.index, event).await;
+        api.control
+            .data_channels()
+            .push(entry.id, call_id, chunk.index, event)
+            .await;
     }
     if values.is_empty() {
         return Ok(());
     }
-    api.control.streams().push(call_id, values).map_err(status::from_error)
+    api.control.streams().push(call_id, values).await.map_err(|error| {
+        let is_full = error.kind() == ErrorKind::Exhausted;
+        let status = status::from_error(error);
+        // The runtime does not retry this by itself: the generator would fail.
+        if is_full {
+            status::retry_after(&status, ROOM_PAUSE)
+        } else {
+            status
+        }
+    })
 }

@@ -13,7 +13,6 @@ use crate::context::Context;
 use crate::service::Api;
 use crate::{decode, encode, status};
 
-
 pub(crate) async fn get(
     api: &Api,
     ctx: &Context,
@@ -42,11 +41,17 @@ pub(crate) async fn get(
             .collect(),
         Work::Web(input) => vec![web_input(&input)],
         Work::KillSwitch => {
-            vec![pb::FunctionGetInputsItem { kill_switch: true, ..pb::FunctionGetInputsItem::default() }]
+            vec![pb::FunctionGetInputsItem {
+                kill_switch: true,
+                ..pb::FunctionGetInputsItem::default()
+            }]
         }
         Work::Nothing => Vec::new(),
     };
-    Ok(pb::FunctionGetInputsResponse { inputs, rate_limit_sleep_duration: 0.0 })
+    Ok(pb::FunctionGetInputsResponse {
+        inputs,
+        rate_limit_sleep_duration: 0.0,
+    })
 }
 
 /// A request as an input: the arguments are the ASGI scope, in CBOR, since the runtime cannot unpack
@@ -91,10 +96,16 @@ fn scope_value(scope: &WebScope) -> ciborium::Value {
         (text("headers"), Value::Array(headers)),
     ];
     if let Some((host, port)) = &scope.client {
-        entries.push((text("client"), Value::Array(vec![text(host), Value::Integer((*port).into())])));
+        entries.push((
+            text("client"),
+            Value::Array(vec![text(host), Value::Integer((*port).into())]),
+        ));
     }
     if scope.websocket {
-        entries.push((text("subprotocols"), Value::Array(scope.subprotocols.iter().map(|name| text(name)).collect())));
+        entries.push((
+            text("subprotocols"),
+            Value::Array(scope.subprotocols.iter().map(|name| text(name)).collect()),
+        ));
     } else {
         entries.push((text("method"), text(&scope.method)));
         entries.push((text("extensions"), extensions));
@@ -117,7 +128,11 @@ pub(crate) async fn put_outputs(
             started_at: (output.input_started_at > 0.0).then(|| Timestamp::from_unix_seconds(output.input_started_at)),
         });
     }
-    api.control.container_calls().put_outputs(entry, reports).await.map_err(status::from_error)
+    api.control
+        .container_calls()
+        .put_outputs(entry, reports)
+        .await
+        .map_err(status::from_error)
 }
 
 /// How many inputs to run at once: the runtime may use all of its slots, since the scheduler plans with
@@ -127,5 +142,7 @@ pub(crate) async fn dynamic_concurrency(
     _: &Context,
     request: pb::FunctionGetDynamicConcurrencyRequest,
 ) -> Result<pb::FunctionGetDynamicConcurrencyResponse, Status> {
-    Ok(pb::FunctionGetDynamicConcurrencyResponse { concurrency: request.max_concurrency })
+    Ok(pb::FunctionGetDynamicConcurrencyResponse {
+        concurrency: request.max_concurrency,
+    })
 }

@@ -38,7 +38,11 @@ pub(crate) async fn task_result(api: &Api, ctx: &Context, request: pb::TaskResul
     if outcome.status == OutcomeStatus::Success {
         return Ok(());
     }
-    api.control.container_calls().failed(entry, outcome).await.map_err(status::from_error)
+    api.control
+        .container_calls()
+        .failed(entry, outcome)
+        .await
+        .map_err(status::from_error)
 }
 
 pub(crate) async fn server_ready(
@@ -47,5 +51,9 @@ pub(crate) async fn server_ready(
     _: pb::ContainerServerLifecycleReadyRequest,
 ) -> Result<(), Status> {
     let entry = ctx.container()?;
-    api.control.container_calls().server_ready(entry).await.map_err(status::from_error)
+    api.control
+        .container_calls()
+        .server_ready(entry)
+        .await
+        .map_err(status::from_error)
 }

@@ -1,23 +1,22 @@
 //! Calls as their callers see them: start, feed, await, cancel.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use ionian_domain::call::{Call, CallKind, InputPayload, Invocation, Payload};
+use ionian_domain::call::{Call, CallKind, InputPayload, Invocation};
+use ionian_domain::function::RetryPolicy;
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::{NewInput, OutputRecord};
-use ionian_domain::{CallId, ErrorKind, FunctionId, InputId, Outcome, Timestamp};
+use ionian_domain::{CallId, FunctionId, InputId, Outcome, Timestamp};
 use ionian_scheduler::Event;
 use ionian_store::calls::CallSummary;
 use parking_lot::Mutex;
-use tokio::sync::watch;
+use sha2::{Digest, Sha256};
 
 use super::apps::digest;
 use super::functions::Functions;
-use crate::error::{Error, Result};
 use crate::Control;
+use crate::effects::OutputsNews;
+use crate::error::{Error, Result};
 
 /// Outputs in one answer: a map's reader comes back for more at once.
 const OUTPUTS_PER_READ: u32 = 100;
@@ -25,12 +24,6 @@ const OUTPUTS_PER_READ: u32 = 100;
 const MAX_HOLD: Duration = Duration::from_mins(1);
 /// Inputs in one request; the client sends 49.
 const MAX_INPUTS_PER_PUT: usize = 1_000;
-/// Inputs read back to see which of a repeated request were recorded.
-const MAX_KNOWN_INPUTS: u32 = 10_000;
-/// Yielded values that may wait for a generator's caller. Beyond it the generator is told to wait.
-const MAX_STREAM_BYTES: usize = 64 * 1024 * 1024;
-/// How long the yielded values of a finished call are kept for a reader that comes back.
-const STREAM_RETENTION: Duration = Duration::from_mins(10);
 
 pub struct Calls<'a>(pub(crate) &'a Control);
 
@@ -44,13 +37,14 @@ pub struct StartCall {
     pub inputs: Vec<(u32, InputPayload)>,
     /// Names the request: repeated requests get the call that the first one made.
     pub dedupe: Option<String>,
-    pub is_retry: bool,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct StartedCall {
     pub call_id: CallId,
     pub inputs: Vec<(u32, InputId)>,
+    /// What the server does with failing inputs, for the client's information.
+    pub retry: RetryPolicy,
 }
 
 /// A page of outputs.
@@ -68,20 +62,36 @@ pub struct ReadOutputs {
     pub range: Option<(u32, u32)>,
     pub limit: Option<u32>,
     pub hold: Duration,
+    /// The reader needs nothing again of what it gets.
+    pub clears: bool,
 }
 
 impl Calls<'_> {
     pub async fn start(&self, request: StartCall) -> Result<StartedCall> {
-        let function = self.0.functions().get_running(request.function_id).await?;
-        for (_, input) in &request.inputs {
-            Functions::check_method(&function, input.method_name.as_deref())?;
-        }
+        check_count(request.inputs.len())?;
         let key = request.dedupe.as_deref();
         let call_id = key.map_or_else(CallId::generate, |key| CallId::from_digest(&digest("call", key)));
-        let inputs = name_inputs(key, request.inputs);
-        let started = StartedCall { call_id, inputs: inputs.iter().map(|input| (input.index, input.id)).collect() };
-        if request.is_retry && self.0.store().calls().call_summary(call_id).await?.is_some() {
-            return Ok(started);
+        let inputs = name_inputs(call_id, key, request.inputs);
+        let function = self.0.functions().get_running(request.function_id).await?;
+        let started = StartedCall {
+            call_id,
+            inputs: names(&inputs),
+            retry: function.spec.retry,
+        };
+        // Whether or not the client says that it repeats itself: a call must not be recorded twice.
+        if key.is_some()
+            && let Some(existing) = self.0.store().calls().call_summary(call_id).await?
+        {
+            return if existing.call.function_id == request.function_id {
+                Ok(started)
+            } else {
+                Err(Error::invalid(
+                    "the idempotency key was used for a call of another function",
+                ))
+            };
+        }
+        for input in &inputs {
+            Functions::check_method(&function, input.payload.method_name.as_deref())?;
         }
         let call = Call {
             id: call_id,
@@ -94,7 +104,10 @@ impl Calls<'_> {
             finished_inputs: None,
         };
         self.0.payloads().remember(&inputs);
-        self.0.turn().ask(|reply| Event::CallStarted { call, inputs, reply }).await?;
+        self.0
+            .turn()
+            .ask(|reply| Event::CallStarted { call, inputs, reply })
+            .await?;
         Ok(started)
     }
 
@@ -104,225 +117,234 @@ impl Calls<'_> {
         function_id: FunctionId,
         inputs: Vec<(u32, InputPayload)>,
         dedupe: Option<String>,
-        is_retry: bool,
     ) -> Result<Vec<(u32, InputId)>> {
-        if inputs.len() > MAX_INPUTS_PER_PUT {
-            return Err(Error::invalid(format!("{} inputs in one request; at most {MAX_INPUTS_PER_PUT}", inputs.len())));
+        check_count(inputs.len())?;
+        let call = self.summary(call_id).await?.call;
+        if call.function_id != function_id {
+            return Err(Error::invalid(format!(
+                "function call {call_id} is not a call of function {function_id}"
+            )));
+        }
+        let inputs = name_inputs(call_id, dedupe.as_deref(), inputs);
+        let named = names(&inputs);
+        // The inputs of one request are recorded together: the first one stands for all of them.
+        if dedupe.is_some()
+            && let Some((_, first)) = named.first()
+            && self.0.store().calls().find_call_of_input(*first).await?.is_some()
+        {
+            return Ok(named);
         }
         let function = self.0.functions().get_running(function_id).await?;
-        for (_, input) in &inputs {
-            Functions::check_method(&function, input.method_name.as_deref())?;
-        }
-        let mut inputs = name_inputs(dedupe.as_deref(), inputs);
-        let named: Vec<(u32, InputId)> = inputs.iter().map(|input| (input.index, input.id)).collect();
-        if is_retry {
-            let from = named.iter().map(|(index, _)| *index).min().unwrap_or(0);
-            let known = self.0.store().calls().inputs(call_id, from, MAX_KNOWN_INPUTS).await?;
-            inputs.retain(|input| !known.iter().any(|existing| existing.id == input.id));
-            if inputs.is_empty() {
-                return Ok(named);
-            }
+        for input in &inputs {
+            Functions::check_method(&function, input.payload.method_name.as_deref())?;
         }
         self.0.payloads().remember(&inputs);
-        self.0.turn().ask(|reply| Event::InputsPut { call_id, inputs, reply }).await?;
+        self.0
+            .turn()
+            .ask(|reply| Event::InputsPut { call_id, inputs, reply })
+            .await?;
         Ok(named)
     }
 
     pub async fn finish_inputs(&self, call_id: CallId, count: u32) -> Result<()> {
-        self.0.turn().ask(|reply| Event::CallInputsFinished { call_id, count, reply }).await
+        self.summary(call_id).await?;
+        self.0
+            .turn()
+            .ask(|reply| Event::CallInputsFinished { call_id, count, reply })
+            .await
     }
 
     pub async fn summary(&self, call_id: CallId) -> Result<CallSummary> {
         let found = self.0.store().calls().call_summary(call_id).await?;
-        found.ok_or_else(|| Error::not_found(format!("function call {call_id} does not exist or has expired")))
+        found.ok_or_else(|| {
+            Error::not_found(format!(
+                "function call {call_id} does not exist, or its results have expired"
+            ))
+        })
     }
 
     /// Outputs after a sequence number; waits until there are some or the hold is over. A read never
     /// enters the turn.
     pub async fn outputs(&self, read: ReadOutputs) -> Result<Outputs> {
         let deadline = tokio::time::Instant::now() + read.hold.min(MAX_HOLD);
+        let limit = read.limit.unwrap_or(OUTPUTS_PER_READ).clamp(1, OUTPUTS_PER_READ);
         // Subscribed before the first look, so that no output falls between look and wait.
         let mut news = self.0.outputs_hub().subscribe(read.call_id);
         loop {
-            news.mark_unchanged();
-            let limit = read.limit.unwrap_or(OUTPUTS_PER_READ).clamp(1, OUTPUTS_PER_READ);
-            let outputs = self.0.store().calls().outputs(read.call_id, read.after, limit, read.range).await?;
+            news.mark_seen();
             let waited = tokio::time::Instant::now() >= deadline;
-            if !outputs.is_empty() || waited {
-                let summary = self.summary(read.call_id).await?;
+            // First how far the call is, then its outputs: all outputs of what was finished by then are seen.
+            let summary = self.summary(read.call_id).await?;
+            let outputs = self
+                .0
+                .store()
+                .calls()
+                .outputs(read.call_id, read.after, limit, read.range)
+                .await?;
+            let unfinished = summary.input_count.saturating_sub(summary.finished_count);
+            // Finished, and all of it was read before: there is nothing to wait for.
+            let is_over = summary.call.kind == CallKind::Unary && summary.input_count > 0 && unfinished == 0;
+            if !outputs.is_empty() || waited || is_over {
+                if read.clears && summary.call.kind == CallKind::Unary && !outputs.is_empty() {
+                    self.clear(&summary.call);
+                }
+                let last_sequence = outputs.last().map_or(read.after, |output| output.sequence);
                 return Ok(Outputs {
-                    last_sequence: outputs.last().map_or(read.after, |output| output.sequence),
-                    unfinished: summary.input_count.saturating_sub(summary.finished_count),
                     outputs,
+                    last_sequence,
+                    unfinished,
                 });
             }
-            let summary = self.summary(read.call_id).await?;
-            let unary_is_over = summary.call.kind == CallKind::Unary
-                && summary.input_count > 0
-                && summary.input_count == summary.finished_count;
-            if unary_is_over {
-                // Finished, and all of it was read before: there is nothing to wait for.
-                return Ok(Outputs { outputs, last_sequence: read.after, unfinished: 0 });
-            }
             tokio::select! {
-                _ = news.changed() => {}
+                () = news.changed() => {}
                 () = tokio::time::sleep_until(deadline) => {}
             }
         }
     }
 
-    /// The reader of a synchronous call is done with it.
-    pub async fn consume(&self, call_id: CallId) -> Result<()> {
-        self.0.turn().tell(Event::CallConsumed { call_id }).await
+    /// Wakes when the call gets an output.
+    pub fn follow(&self, call_id: CallId) -> OutputsNews {
+        let mut news = self.0.outputs_hub().subscribe(call_id);
+        news.mark_seen();
+        news
+    }
+
+    /// The caller of `.remote()` has its result.
+    fn clear(&self, call: &Call) {
+        match call.invocation {
+            Invocation::Sync | Invocation::SyncLegacy => self.0.consumed().note(call.id),
+            // Results of `.spawn()` are read as often as wanted.
+            Invocation::Async | Invocation::AsyncLegacy => {}
+        }
+    }
+
+    /// The reader of a map is done with it. Results of an asynchronous one stay.
+    pub async fn acknowledge(&self, call_id: CallId) -> Result<CallSummary> {
+        let summary = self.summary(call_id).await?;
+        match summary.call.invocation {
+            Invocation::Sync | Invocation::SyncLegacy => {
+                self.0.turn().tell(Event::CallConsumed { call_id }).await?;
+            }
+            Invocation::Async | Invocation::AsyncLegacy => {}
+        }
+        Ok(summary)
     }
 
     pub async fn cancel(&self, call_id: CallId, terminate_containers: bool) -> Result<()> {
         self.summary(call_id).await?;
         let outcome = Outcome::decided(OutcomeStatus::Terminated, "Input was cancelled by user");
-        self.0.turn().ask(|reply| Event::CallCancelled { call_id, outcome, terminate_containers, reply }).await
+        self.0
+            .turn()
+            .ask(|reply| Event::CallCancelled {
+                call_id,
+                outcome,
+                terminate_containers,
+                reply,
+            })
+            .await
     }
 }
 
+fn check_count(count: usize) -> Result<()> {
+    if count > MAX_INPUTS_PER_PUT {
+        return Err(Error::invalid(format!(
+            "{count} inputs in one request; send at most {MAX_INPUTS_PER_PUT} at a time"
+        )));
+    }
+    Ok(())
+}
+
+fn names(inputs: &[NewInput]) -> Vec<(u32, InputId)> {
+    inputs.iter().map(|input| (input.index, input.id)).collect()
+}
+
 /// Names for a request's inputs: random, or the same for every repetition of the request.
-fn name_inputs(dedupe: Option<&str>, inputs: Vec<(u32, InputPayload)>) -> Vec<NewInput> {
+///
+/// Names are drawn from everything that makes two requests the same, so that equal names mean equal
+/// requests, whatever a client does with its keys: a name that is recorded already must not be recorded
+/// again with other content.
+fn name_inputs(call_id: CallId, dedupe: Option<&str>, inputs: Vec<(u32, InputPayload)>) -> Vec<NewInput> {
+    let request = dedupe.map(|key| {
+        let mut hasher = Sha256::new();
+        hasher.update(digest("inputs", &format!("{call_id}\0{key}")));
+        for (index, _) in &inputs {
+            hasher.update(index.to_be_bytes());
+        }
+        hex::encode(hasher.finalize())
+    });
+    let name = |position: usize| match &request {
+        Some(request) => InputId::from_digest(&digest("input", &format!("{request}\0{position}"))),
+        None => InputId::generate(),
+    };
     inputs
         .into_iter()
-        .map(|(index, payload)| NewInput {
-            id: dedupe.map_or_else(InputId::generate, |key| {
-                InputId::from_digest(&digest("input", &format!("{key}\0{index}")))
-            }),
+        .enumerate()
+        .map(|(position, (index, payload))| NewInput {
+            id: name(position),
             index,
             payload,
         })
         .collect()
 }
 
-/// Arguments of recent inputs, so that delivering them to a waiting container needs no read.
-pub struct Payloads {
-    recent: Mutex<(lru::LruCache<InputId, InputPayload>, usize)>,
+/// Synchronous calls whose callers have their results: they need not be kept for long. Noted here and
+/// recorded together now and then, because a write per call would be paid by every other call. What a
+/// crash forgets is kept as long as any other result.
+#[derive(Debug, Default)]
+pub(crate) struct Consumed {
+    calls: Mutex<Vec<CallId>>,
 }
 
-/// Bytes of arguments kept in memory; older ones are read back from the store.
-const PAYLOAD_CACHE_BYTES: usize = 16 * 1024 * 1024;
+impl Consumed {
+    /// Beyond this many between two sweeps, the rest is kept as long as any other result.
+    const LIMIT: usize = 100_000;
 
-impl Default for Payloads {
-    fn default() -> Self {
-        Self { recent: Mutex::new((lru::LruCache::unbounded(), 0)) }
-    }
-}
-
-impl Payloads {
-    fn remember(&self, inputs: &[NewInput]) {
-        let mut guard = self.recent.lock();
-        let (cache, size) = &mut *guard;
-        for input in inputs {
-            *size += input.payload.payload.inline_len();
-            if let Some(old) = cache.put(input.id, input.payload.clone()) {
-                *size -= old.payload.inline_len();
-            }
-        }
-        while *size > PAYLOAD_CACHE_BYTES {
-            let Some((_, evicted)) = cache.pop_lru() else { break };
-            *size -= evicted.payload.inline_len();
+    fn note(&self, call_id: CallId) {
+        let mut calls = self.calls.lock();
+        if calls.len() < Self::LIMIT {
+            calls.push(call_id);
         }
     }
 
-    /// Takes what is known of these inputs; a retried input is read from the store.
-    pub(crate) fn take(&self, ids: &[InputId]) -> HashMap<InputId, InputPayload> {
-        let mut guard = self.recent.lock();
-        let (cache, size) = &mut *guard;
-        let mut found = HashMap::new();
-        for id in ids {
-            if let Some(payload) = cache.pop(id) {
-                *size -= payload.payload.inline_len();
-                found.insert(*id, payload);
-            }
-        }
-        found
+    pub(crate) fn take(&self) -> Vec<CallId> {
+        std::mem::take(&mut *self.calls.lock())
     }
 }
 
-/// One value that a generator yielded, as the wire carries it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chunk {
-    pub index: u64,
-    pub data_format: i32,
-    pub payload: Payload,
-}
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use ionian_domain::call::Payload;
 
-#[derive(Debug)]
-struct Stream {
-    chunks: BTreeMap<u64, Chunk>,
-    bytes: usize,
-    changed: watch::Sender<u64>,
-    last_used: tokio::time::Instant,
-}
+    use super::*;
 
-/// What running generators yielded, on its way to their callers. In memory: a generator whose server
-/// restarts begins anew with its next attempt.
-#[derive(Debug, Clone, Default)]
-pub struct GeneratorStreams {
-    streams: Arc<Mutex<HashMap<CallId, Stream>>>,
-}
-
-impl GeneratorStreams {
-    fn with<T>(&self, call_id: CallId, act: impl FnOnce(&mut Stream) -> T) -> T {
-        let mut streams = self.streams.lock();
-        let now = tokio::time::Instant::now();
-        let stream = streams.entry(call_id).or_insert_with(|| Stream {
-            chunks: BTreeMap::new(),
-            bytes: 0,
-            changed: watch::channel(0).0,
-            last_used: now,
-        });
-        stream.last_used = now;
-        act(stream)
+    fn ids(call_id: CallId, key: Option<&str>, indices: &[u32]) -> Vec<InputId> {
+        let payload = || InputPayload {
+            payload: Payload::Inline(Bytes::new()),
+            data_format: 1,
+            method_name: None,
+        };
+        let inputs = indices.iter().map(|index| (*index, payload())).collect();
+        name_inputs(call_id, key, inputs)
+            .into_iter()
+            .map(|input| input.id)
+            .collect()
     }
 
-    /// Takes chunks from a container. Repeated ones replace themselves. Refuses when the caller is too
-    /// far behind; the container's client then waits and repeats.
-    pub fn push(&self, call_id: CallId, chunks: Vec<Chunk>) -> Result<()> {
-        self.with(call_id, |stream| {
-            if stream.bytes > MAX_STREAM_BYTES {
-                return Err(Error::new(
-                    ErrorKind::Exhausted,
-                    "the caller of this generator is too far behind; trying again",
-                ));
-            }
-            for chunk in chunks {
-                stream.bytes += chunk.payload.inline_len();
-                let newest = chunk.index;
-                if let Some(old) = stream.chunks.insert(chunk.index, chunk) {
-                    stream.bytes -= old.payload.inline_len();
-                }
-                stream.changed.send_if_modified(|current| {
-                    *current = newest.max(*current);
-                    true
-                });
-            }
-            Ok(())
-        })
-    }
-
-    /// Chunks after an index, and a way to wait for more. What lies before was received: it is freed.
-    pub fn read(&self, call_id: CallId, after: u64) -> (Vec<Chunk>, watch::Receiver<u64>) {
-        self.with(call_id, |stream| {
-            let mut receiver = stream.changed.subscribe();
-            receiver.mark_unchanged();
-            let later = stream.chunks.split_off(&(after + 1));
-            stream.bytes = later.values().map(|chunk| chunk.payload.inline_len()).sum();
-            stream.chunks = later;
-            (stream.chunks.values().cloned().collect(), receiver)
-        })
-    }
-
-    /// Forgets streams that nobody touched for long.
-    pub(crate) fn sweep(&self) {
-        self.streams.lock().retain(|_, stream| stream.last_used.elapsed() < STREAM_RETENTION);
-    }
-
-    /// A stream's reader: whether a chunk may still come is told by the call, not here.
-    pub fn data(bytes: Bytes, data_format: i32, index: u64) -> Chunk {
-        Chunk { index, data_format, payload: Payload::Inline(bytes) }
+    #[test]
+    fn a_repeated_request_has_the_same_names_and_every_other_has_others() {
+        let call = CallId::generate();
+        let first = ids(call, Some("key"), &[3, 4]);
+        assert_eq!(first, ids(call, Some("key"), &[3, 4]));
+        let others = [
+            ids(call, Some("other"), &[3, 4]),
+            ids(call, Some("key"), &[4]),
+            ids(call, Some("key"), &[3, 4, 5]),
+            ids(CallId::generate(), Some("key"), &[3, 4]),
+            ids(call, None, &[3, 4]),
+        ];
+        assert!(others.iter().flatten().all(|other| !first.contains(other)));
+        let repeated = ids(call, Some("key"), &[1, 1]);
+        assert_ne!(repeated[0], repeated[1]);
     }
 }

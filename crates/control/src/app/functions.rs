@@ -4,15 +4,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ionian_domain::app::App;
-use ionian_domain::function::{Autoscaler, Binding, Function, FunctionSpec};
+use ionian_domain::environment::Environment;
+use ionian_domain::function::{Autoscaler, Binding, ContainerUse, Function, FunctionSpec};
 use ionian_domain::web::{WebKind, WebSpec};
 use ionian_domain::{AppId, ClassId, DefinitionId, ErrorKind, FunctionId, Timestamp};
 use ionian_scheduler::{Event, PoolSettings, PoolStats};
 use sha2::{Digest, Sha256};
 
 use super::routes;
-use crate::error::{Error, Result};
 use crate::Control;
+use crate::error::{Error, Result};
 
 /// What a function gets that asks for nothing; the hosted product has the same defaults.
 const DEFAULT_CPU_MILLIS: u32 = 125;
@@ -34,12 +35,23 @@ pub struct WebWish {
 
 impl Functions<'_> {
     /// The endpoint that a wish becomes in this app.
-    pub fn grant(&self, app: &App, tag: &str, method: Option<&str>, wish: &WebWish) -> WebSpec {
+    pub fn grant(
+        &self,
+        app: &App,
+        environment: &Environment,
+        tag: &str,
+        method: Option<&str>,
+        wish: &WebWish,
+    ) -> WebSpec {
         let app_name = app.name.as_deref().unwrap_or(&app.description);
         let wanted = routes::slug(&wish.label);
-        let label = if wanted.is_empty() { routes::default_label(app_name, tag, method) } else { wanted };
+        let label = if wanted.is_empty() {
+            routes::default_label(app_name, tag, method)
+        } else {
+            wanted
+        };
         let label = format!("{label}{}", routes::dev_suffix(app.state, &wish.ephemeral_suffix));
-        let (_, label_truncated) = routes::host_label(&self.0.config().workspace, "", &label);
+        let (_, label_truncated) = routes::host_label(&self.0.config().workspace, &environment.web_suffix, &label);
         WebSpec {
             kind: wish.kind,
             label,
@@ -57,11 +69,18 @@ impl Functions<'_> {
                 if let Some(function) = self.0.store().functions().find(id).await?
                     && function.app_id != app.id
                 {
-                    return Err(Error::precondition(format!("function {id} belongs to another app")));
+                    return Err(Error::precondition(format!(
+                        "function {id} belongs to another app; deploy again"
+                    )));
                 }
                 Ok(id)
             }
-            None => Ok(app.layout.functions.get(tag).copied().unwrap_or_else(FunctionId::generate)),
+            None => Ok(app
+                .layout
+                .functions
+                .get(tag)
+                .copied()
+                .unwrap_or_else(FunctionId::generate)),
         }
     }
 
@@ -72,7 +91,9 @@ impl Functions<'_> {
             return Err(Error::invalid("the function has no name"));
         }
         let existing = self.0.store().functions().find(id).await?;
-        let unchanged = existing.as_ref().filter(|function| function.spec == spec && function.app_id == app.id);
+        let unchanged = existing
+            .as_ref()
+            .filter(|function| function.spec == spec && function.app_id == app.id);
         if let Some(function) = unchanged {
             return Ok(function.clone());
         }
@@ -90,7 +111,11 @@ impl Functions<'_> {
 
     pub async fn get(&self, id: FunctionId) -> Result<Function> {
         let found = self.0.store().functions().find(id).await?;
-        found.ok_or_else(|| Error::not_found(format!("function {id} does not exist")))
+        found.ok_or_else(|| {
+            Error::not_found(format!(
+                "function {id} does not exist; look it up by its app and name, or deploy it"
+            ))
+        })
     }
 
     /// A function of a deployed app, at its published definition.
@@ -103,7 +128,11 @@ impl Functions<'_> {
         };
         let function = function.ok_or_else(|| {
             let known: Vec<&str> = app.layout.functions.keys().map(String::as_str).collect();
-            let hint = if known.is_empty() { "it has no functions".to_owned() } else { format!("it has: {}", known.join(", ")) };
+            let hint = if known.is_empty() {
+                "it has no functions".to_owned()
+            } else {
+                format!("it has: {}", known.join(", "))
+            };
             Error::not_found(format!("Function '{tag}' not found in app '{app_name}'; {hint}"))
         })?;
         Ok((app, function))
@@ -119,8 +148,14 @@ impl Functions<'_> {
 
     /// A class object of an app. It has no content of its own; its service function has.
     pub async fn create_class(&self, app: &App, existing: Option<ClassId>, name: &str) -> Result<ClassId> {
-        let id = existing.or_else(|| app.layout.classes.get(name).copied()).unwrap_or_else(ClassId::generate);
-        let class = ionian_store::classes::Class { id, app_id: app.id, name: name.to_owned() };
+        let id = existing
+            .or_else(|| app.layout.classes.get(name).copied())
+            .unwrap_or_else(ClassId::generate);
+        let class = ionian_store::classes::Class {
+            id,
+            app_id: app.id,
+            name: name.to_owned(),
+        };
         self.0.store().classes().upsert(&class).await?;
         Ok(id)
     }
@@ -129,19 +164,31 @@ impl Functions<'_> {
         let app = self.0.apps().get_by_name(environment, app_name).await?;
         match app.layout.classes.get(name).copied() {
             Some(id) => Ok((app, id)),
-            None => Err(Error::not_found(format!("Class '{name}' not found in app '{app_name}'"))),
+            None => {
+                let known: Vec<&str> = app.layout.classes.keys().map(String::as_str).collect();
+                let hint = if known.is_empty() {
+                    "it has no classes".to_owned()
+                } else {
+                    format!("it has: {}", known.join(", "))
+                };
+                Err(Error::not_found(format!(
+                    "Class '{name}' not found in app '{app_name}'; {hint}"
+                )))
+            }
         }
     }
 
     /// A variant of a function: a class with parameters, or with other options. Equal bindings are one
     /// variant, with one pool of containers.
     pub async fn bind(&self, base: &Function, spec: FunctionSpec, params: Bytes, options: &[u8]) -> Result<Function> {
-        let mut hasher = Sha256::new();
-        hasher.update(base.id.to_string().as_bytes());
-        hasher.update((params.len() as u64).to_be_bytes());
-        hasher.update(&params);
-        hasher.update(options);
-        let id = FunctionId::from_digest(&hasher.finalize().into());
+        // A variant of a variant would not follow its base when that is published anew.
+        if let Some(binding) = &base.binding {
+            return Err(Error::invalid(format!(
+                "function {} is a variant already; bind parameters and options to its base {} instead",
+                base.id, binding.base
+            )));
+        }
+        let id = variant_id(base.id, &params, options);
         let existing = self.0.store().functions().find(id).await?;
         let unchanged = existing.as_ref().is_some_and(|function| function.spec == spec);
         let function = Function {
@@ -152,12 +199,17 @@ impl Functions<'_> {
                 Some(_) | None => DefinitionId::generate(),
             },
             spec,
-            binding: Some(Binding { base: base.id, serialized_params: params }),
+            binding: Some(Binding {
+                base: base.id,
+                serialized_params: params,
+            }),
             created_at: existing.map_or_else(Timestamp::now, |function| function.created_at),
         };
         if !unchanged {
             self.0.store().functions().upsert(&function).await?;
         }
+        // An app that is being stopped must not get a pool after that.
+        let _turn = self.0.apps_turn().lock().await;
         let app = self.0.apps().get(base.app_id).await?;
         if app.state.accepts_work() {
             self.0.turn().tell(Control::activation(&function)).await?;
@@ -165,12 +217,64 @@ impl Functions<'_> {
         Ok(function)
     }
 
+    /// Gives variants that differ from their base in parameters only the definition that was just
+    /// published for it. Variants with options of their own follow when a client binds them again.
+    pub(crate) async fn follow_base(&self, app: &App) -> Result<()> {
+        let published = self.0.published_functions(app).await?;
+        for variant in self.0.store().functions().list_by_app(app.id).await? {
+            let Some(binding) = &variant.binding else { continue };
+            let Some(base) = published.iter().find(|function| function.id == binding.base) else {
+                continue;
+            };
+            let has_options = variant.id != variant_id(base.id, &binding.serialized_params, &[]);
+            if has_options || variant.spec == base.spec {
+                continue;
+            }
+            let followed = Function {
+                definition_id: DefinitionId::generate(),
+                spec: base.spec.clone(),
+                ..variant.clone()
+            };
+            self.0.store().functions().upsert(&followed).await?;
+        }
+        Ok(())
+    }
+
     pub async fn stats(&self, id: FunctionId) -> Result<PoolStats> {
         self.0.turn().inspect(move |scheduler| scheduler.pool_stats(id)).await
     }
 
-    pub async fn update_autoscaler(&self, id: FunctionId, autoscaler: Autoscaler) -> Result<()> {
-        self.0.turn().ask(|reply| Event::AutoscalerUpdated { function_id: id, autoscaler, reply }).await
+    /// The settings that a function runs with: its own, or what they were changed to since it was published.
+    pub fn autoscaler(&self, function: &Function) -> Autoscaler {
+        let overrides = self.0.autoscaler_overrides().lock();
+        overrides
+            .get(&function.id)
+            .cloned()
+            .unwrap_or_else(|| function.spec.autoscaler.clone())
+    }
+
+    /// Changes the settings until the function is published anew, or the server restarts.
+    pub async fn update_autoscaler(&self, function: &Function, autoscaler: Autoscaler) -> Result<()> {
+        let (function_id, wanted) = (function.id, autoscaler.clone());
+        self.0
+            .turn()
+            .ask(|reply| Event::AutoscalerUpdated {
+                function_id,
+                autoscaler,
+                reply,
+            })
+            .await?;
+        self.0.autoscaler_overrides().lock().insert(function_id, wanted);
+        Ok(())
+    }
+
+    /// A function with its bound variants.
+    pub async fn with_variants(&self, id: FunctionId) -> Result<Vec<FunctionId>> {
+        let function = self.get(id).await?;
+        let all = self.0.store().functions().list_by_app(function.app_id).await?;
+        let is_variant = |other: &Function| other.binding.as_ref().is_some_and(|binding| binding.base == id);
+        let variants = all.iter().filter(|other| is_variant(other)).map(|variant| variant.id);
+        Ok(std::iter::once(id).chain(variants).collect())
     }
 
     /// Refuses an input that the container could only crash on.
@@ -179,7 +283,10 @@ impl Functions<'_> {
             Some(method) if !method.is_empty() && !function.spec.methods.iter().any(|known| known == method) => {
                 Err(Error::new(
                     ErrorKind::InvalidArgument,
-                    format!("'{}' has no method '{method}'", function.spec.name.trim_end_matches(".*")),
+                    format!(
+                        "'{}' has no method '{method}'",
+                        function.spec.name.trim_end_matches(".*")
+                    ),
                 ))
             }
             Some(_) | None => Ok(()),
@@ -191,16 +298,28 @@ impl Functions<'_> {
     }
 }
 
+/// Equal bindings are one variant.
+fn variant_id(base: FunctionId, params: &[u8], options: &[u8]) -> FunctionId {
+    let mut hasher = Sha256::new();
+    hasher.update(base.to_string().as_bytes());
+    hasher.update((params.len() as u64).to_be_bytes());
+    hasher.update(params);
+    hasher.update(options);
+    FunctionId::from_digest(&hasher.finalize().into())
+}
+
 impl Control {
     /// Announces an app's functions, bound variants included, to the scheduler.
     pub(crate) async fn activate(&self, app: &App) -> Result<()> {
         let published = self.published_functions(app).await?;
         for function in &published {
+            self.autoscaler_overrides().lock().remove(&function.id);
             self.turn().tell(Self::activation(function)).await?;
         }
         for bound in self.store().functions().list_by_app(app.id).await? {
             let Some(binding) = &bound.binding else { continue };
             if published.iter().any(|function| function.id == binding.base) {
+                self.autoscaler_overrides().lock().remove(&bound.id);
                 self.turn().tell(Self::activation(&bound)).await?;
             }
         }
@@ -224,7 +343,7 @@ impl Control {
                 retry: spec.retry,
                 timeout: spec.timeout,
                 startup_timeout: spec.startup_timeout,
-                single_use: false,
+                single_use: spec.container_use == ContainerUse::Single,
                 cpu_millis: spec.resources.cpu_millis.unwrap_or(DEFAULT_CPU_MILLIS),
                 memory_mib: spec.resources.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
             },

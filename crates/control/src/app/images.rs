@@ -6,26 +6,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ionian_domain::image::{BuiltImage, Image, ImageSpec, ImageState, RegistryAuth};
-use ionian_domain::log::LogStream;
 use ionian_domain::mount::MountFile;
 use ionian_domain::{AppId, ImageId, Timestamp};
-use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::error::{Error, Result};
+pub use super::builds::{BuildLine, BuildLogPage};
 use crate::Control;
+use crate::error::{Error, Result};
 
-/// Bytes of one build's log kept for followers. A build that prints more loses its oldest lines, and
-/// says so in their place.
-const MAX_LOG_BYTES: usize = 8 * 1024 * 1024;
 /// Lines between a build and its log; the build waits when followers' bookkeeping is behind.
 const LOG_QUEUE: usize = 1024;
 /// No build may take longer than this in all.
 const BUILD_TIMEOUT: Duration = Duration::from_hours(3);
-/// Finished builds whose logs are kept in memory.
-const KEPT_BUILDS: usize = 200;
 
 pub struct Images<'a>(pub(crate) &'a Control);
 
@@ -46,14 +40,6 @@ pub struct BuildJob {
     pub force: bool,
 }
 
-/// One piece of a build's output.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BuildLine {
-    pub at: Timestamp,
-    pub stream: LogStream,
-    pub text: String,
-}
-
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BuildFailure {
     /// Whether the definition is at fault (a failing step, an unknown command) or the platform.
@@ -67,67 +53,10 @@ pub type BuildFn = Arc<dyn Fn(BuildJob, mpsc::Sender<BuildLine>, CancellationTok
 /// Whether all layers of a built image are still on the worker's disk.
 pub type PresentFn = Arc<dyn Fn(&BuiltImage) -> bool + Send + Sync>;
 
-#[derive(Debug, Default)]
-struct BuildLog {
-    /// Lines with their position; the first may be missing (see [`MAX_LOG_BYTES`]).
-    lines: std::collections::VecDeque<BuildLine>,
-    first: u64,
-    bytes: usize,
-    finished: bool,
-}
-
-#[derive(Debug)]
-struct Build {
-    log: Mutex<BuildLog>,
-    changed: watch::Sender<u64>,
-}
-
-impl Build {
-    fn new() -> Arc<Self> {
-        Arc::new(Self { log: Mutex::default(), changed: watch::channel(0).0 })
-    }
-
-    fn append(&self, line: BuildLine) {
-        let mut log = self.log.lock();
-        log.bytes += line.text.len();
-        log.lines.push_back(line);
-        while log.bytes > MAX_LOG_BYTES
-            && let Some(dropped) = log.lines.pop_front()
-        {
-            log.bytes -= dropped.text.len();
-            log.first += 1;
-        }
-        drop(log);
-        self.changed.send_modify(|count| *count += 1);
-    }
-
-    fn finish(&self) {
-        self.log.lock().finished = true;
-        self.changed.send_modify(|count| *count += 1);
-    }
-}
-
-/// Builds under way, and the logs of recent ones.
-#[derive(Default)]
-pub struct Builds {
-    live: Mutex<HashMap<ImageId, Arc<Build>>>,
-    recent: Mutex<std::collections::VecDeque<ImageId>>,
-}
-
-/// A page of a build's log.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BuildLogPage {
-    pub lines: Vec<BuildLine>,
-    /// Where the next page starts.
-    pub next: u64,
-    /// Set when the build ended and all of its lines were read.
-    pub result: Option<ImageState>,
-}
-
 impl Images<'_> {
     pub async fn get(&self, id: ImageId) -> Result<Image> {
         let found = self.0.store().images().find(id).await?;
-        found.ok_or_else(|| Error::not_found(format!("image {id} does not exist")))
+        found.ok_or_else(|| Error::not_found(format!("image {id} does not exist; deploy the app that defines it")))
     }
 
     /// The image of this definition; starts its build where it is not built.
@@ -157,7 +86,13 @@ impl Images<'_> {
             }
         }
         let job = self.job(id, &spec, client_version, force).await?;
-        let image = Image { id, app_id, spec, state: ImageState::Building, created_at: Timestamp::now() };
+        let image = Image {
+            id,
+            app_id,
+            spec,
+            state: ImageState::Building,
+            created_at: Timestamp::now(),
+        };
         self.0.store().images().upsert(&image).await?;
         self.start(job);
         Ok(image)
@@ -178,7 +113,11 @@ impl Images<'_> {
         let mut context: Vec<MountFile> = spec
             .context_files
             .iter()
-            .map(|file| MountFile { path: file.name.clone(), sha256_hex: file.sha256_hex.clone(), mode: None })
+            .map(|file| MountFile {
+                path: file.name.clone(),
+                sha256_hex: file.sha256_hex.clone(),
+                mode: None,
+            })
             .collect();
         if let Some(mount_id) = spec.context_mount_id {
             context.extend(self.0.mounts().get(mount_id).await?.files);
@@ -218,7 +157,7 @@ impl Images<'_> {
 
     fn start(&self, job: BuildJob) {
         let control = self.0.clone();
-        let build = control.builds().insert(job.image_id);
+        let build = control.builds().begin(job.image_id);
         let image_id = job.image_id;
         // Kind: per request, bounded by BUILD_TIMEOUT. A panic in the build ends as a failure below.
         let run = async move {
@@ -243,51 +182,62 @@ impl Images<'_> {
                     if !failure.by_user {
                         tracing::error!(image = %image_id, error = failure.message, "an image build failed");
                     }
-                    ImageState::Failed { message: failure.message }
+                    ImageState::Failed {
+                        message: failure.message,
+                    }
                 }
                 Ok(Err(_elapsed)) => ImageState::Failed {
                     message: format!("the build was stopped after {} hours", BUILD_TIMEOUT.as_secs() / 3600),
                 },
                 Err(panic) => {
                     tracing::error!(image = %image_id, error = %panic, "an image build crashed");
-                    ImageState::Failed { message: "the builder crashed; the server's log has details".to_owned() }
+                    ImageState::Failed {
+                        message: "the builder crashed; the server's log has details".to_owned(),
+                    }
                 }
             };
             if let Err(error) = control.store().images().set_state(image_id, &state).await {
                 tracing::error!(image = %image_id, error = &error as &dyn std::error::Error, "a build's result could not be recorded");
             }
-            build.finish();
+            control.builds().finish(image_id, &build).await;
         };
         tokio::spawn(run);
     }
 
-    /// Lines from a position on; waits for news for up to `hold`.
+    /// Lines from a position on; waits for news for up to `hold`. All lines come before the result.
     pub async fn build_log(&self, id: ImageId, from: u64, hold: Duration) -> Result<BuildLogPage> {
-        let Some(build) = self.0.builds().find(id) else {
-            return self.finished_page(id, from).await;
-        };
-        let mut news = build.changed.subscribe();
-        let deadline = tokio::time::Instant::now() + hold;
-        loop {
-            news.mark_unchanged();
-            let (lines, next, finished) = {
-                let log = build.log.lock();
-                let skip = usize::try_from(from.saturating_sub(log.first)).unwrap_or(usize::MAX);
-                let lines: Vec<BuildLine> = log.lines.iter().skip(skip).take(500).cloned().collect();
-                let next = from.max(log.first) + lines.len() as u64;
-                (lines, next, log.finished)
-            };
-            let waited = tokio::time::Instant::now() >= deadline;
-            if lines.is_empty() && finished {
-                return self.finished_page(id, next).await;
+        if let Some(build) = self.0.builds().find(id) {
+            let mut news = build.subscribe();
+            let deadline = tokio::time::Instant::now() + hold;
+            loop {
+                news.mark_unchanged();
+                let waited = tokio::time::Instant::now() >= deadline;
+                let (lines, next, finished) = build.page(from);
+                if lines.is_empty() && finished {
+                    return self.finished_page(id, next).await;
+                }
+                if !lines.is_empty() || waited {
+                    return Ok(BuildLogPage {
+                        lines,
+                        next,
+                        result: None,
+                    });
+                }
+                tokio::select! {
+                    _ = news.changed() => {}
+                    () = tokio::time::sleep_until(deadline) => {}
+                }
             }
-            if !lines.is_empty() || waited {
-                return Ok(BuildLogPage { lines, next, result: None });
-            }
-            tokio::select! {
-                _ = news.changed() => {}
-                () = tokio::time::sleep_until(deadline) => {}
-            }
+        }
+        let (lines, next) = self.0.builds().read_finished(id, from).await;
+        if lines.is_empty() {
+            self.finished_page(id, next).await
+        } else {
+            Ok(BuildLogPage {
+                lines,
+                next,
+                result: None,
+            })
         }
     }
 
@@ -295,35 +245,15 @@ impl Images<'_> {
         let image = self.get(id).await?;
         let result = match image.state {
             // Nobody builds it: the server stopped in the middle.
-            ImageState::Building => {
-                ImageState::Failed { message: "the build was interrupted by a server restart; run it again".to_owned() }
-            }
+            ImageState::Building => ImageState::Failed {
+                message: "the build was interrupted by a server restart; run it again".to_owned(),
+            },
             ImageState::Ready { .. } | ImageState::Failed { .. } => image.state,
         };
-        Ok(BuildLogPage { lines: Vec::new(), next, result: Some(result) })
-    }
-}
-
-impl Builds {
-    fn insert(&self, id: ImageId) -> Arc<Build> {
-        let build = Build::new();
-        self.live.lock().insert(id, Arc::clone(&build));
-        let mut recent = self.recent.lock();
-        recent.retain(|known| *known != id);
-        recent.push_back(id);
-        if recent.len() > KEPT_BUILDS
-            && let Some(oldest) = recent.pop_front()
-        {
-            self.live.lock().remove(&oldest);
-        }
-        build
-    }
-
-    fn find(&self, id: ImageId) -> Option<Arc<Build>> {
-        self.live.lock().get(&id).cloned()
-    }
-
-    fn is_live(&self, id: ImageId) -> bool {
-        self.find(id).is_some_and(|build| !build.log.lock().finished)
+        Ok(BuildLogPage {
+            lines: Vec::new(),
+            next,
+            result: Some(result),
+        })
     }
 }

@@ -4,11 +4,11 @@ use ionian_domain::MountId;
 use ionian_domain::mount::{Mount, MountFile};
 use sha2::{Digest, Sha256};
 
-use crate::error::{Error, Result};
 use crate::Control;
+use crate::error::{Error, Result};
 
 /// More files than any package tree has; each costs a link at container start.
-const MAX_MOUNT_FILES: usize = 200_000;
+pub const MAX_MOUNT_FILES: usize = 200_000;
 
 pub struct Mounts<'a>(pub(crate) &'a Control);
 
@@ -33,7 +33,11 @@ impl Mounts<'_> {
             hasher.update(file.mode.unwrap_or(u32::MAX).to_be_bytes());
         }
         let digest: [u8; 32] = hasher.finalize().into();
-        let mount = Mount { id: MountId::from_digest(&digest), checksum_hex: hex::encode(digest), files };
+        let mount = Mount {
+            id: MountId::from_digest(&digest),
+            checksum_hex: hex::encode(digest),
+            files,
+        };
         self.0.store().mounts().upsert(&mount).await?;
         Ok(mount)
     }

@@ -3,15 +3,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use ionian_domain::AppId;
 use ionian_domain::app::{App, AppState};
 use ionian_domain::environment::Environment;
 use ionian_domain::function::Function;
 use ionian_domain::web::{Route, WebSpec};
 use sha2::{Digest, Sha256};
 
+use crate::Control;
 use crate::error::Result;
 use crate::web::RouteTable;
-use crate::Control;
 
 /// The limit of one DNS label.
 const MAX_LABEL: usize = 63;
@@ -20,8 +21,16 @@ const HASH_LENGTH: usize = 7;
 
 /// A label part: lower case, `_` and everything else that DNS does not take becomes `-`.
 pub fn slug(text: &str) -> String {
-    let mut slug: String =
-        text.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    let mut slug: String = text
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
+        .collect();
     while slug.ends_with('-') {
         slug.pop();
     }
@@ -31,7 +40,11 @@ pub fn slug(text: &str) -> String {
 /// `<workspace>[-<suffix>]--<label>`, cut to what DNS takes. Returns whether it was cut.
 pub fn host_label(workspace: &str, suffix: &str, label: &str) -> (String, bool) {
     let workspace = slug(workspace);
-    let prefix = if suffix.is_empty() { workspace } else { format!("{workspace}-{suffix}") };
+    let prefix = if suffix.is_empty() {
+        workspace
+    } else {
+        format!("{workspace}-{suffix}")
+    };
     let full = format!("{prefix}--{label}");
     if full.len() <= MAX_LABEL {
         return (full, false);
@@ -44,8 +57,12 @@ pub fn host_label(workspace: &str, suffix: &str, label: &str) -> (String, bool) 
 /// The label of an endpoint that asked for none.
 pub fn default_label(app_name: &str, function_tag: &str, method: Option<&str>) -> String {
     let function = function_tag.strip_suffix(".*").unwrap_or(function_tag);
-    let parts: Vec<String> =
-        [Some(app_name), Some(function), method].into_iter().flatten().map(slug).filter(|part| !part.is_empty()).collect();
+    let parts: Vec<String> = [Some(app_name), Some(function), method]
+        .into_iter()
+        .flatten()
+        .map(slug)
+        .filter(|part| !part.is_empty())
+        .collect();
     parts.join("-")
 }
 
@@ -54,7 +71,11 @@ pub fn dev_suffix(state: AppState, wanted: &str) -> String {
     match state {
         AppState::Ephemeral | AppState::Detached => {
             let suffix = slug(wanted);
-            if suffix.is_empty() { "-dev".to_owned() } else { format!("-{suffix}") }
+            if suffix.is_empty() {
+                "-dev".to_owned()
+            } else {
+                format!("-{suffix}")
+            }
         }
         AppState::Initializing | AppState::Deployed | AppState::Stopping | AppState::Stopped => String::new(),
     }
@@ -69,6 +90,16 @@ impl Control {
         self.config().web_url(&self.host_label_of(environment, web).0)
     }
 
+    /// The app that a web URL leads to now.
+    pub fn web_label_holder(&self, environment: &Environment, web: &WebSpec) -> Option<AppId> {
+        let (label, _) = self.host_label_of(environment, web);
+        self.routes()
+            .borrow()
+            .by_host_label
+            .get(&label)
+            .map(|route| route.app_id)
+    }
+
     /// Reads all live apps and publishes the table anew. Called when an app was published or stopped.
     pub(crate) async fn republish_routes(&self) -> Result<()> {
         // One at a time, so that an older read never replaces a newer one.
@@ -79,7 +110,9 @@ impl Control {
             if app.version == 0 {
                 continue;
             }
-            let Some(environment) = environments.iter().find(|e| e.id == app.environment_id) else { continue };
+            let Some(environment) = environments.iter().find(|e| e.id == app.environment_id) else {
+                continue;
+            };
             for function in self.published_functions(&app).await? {
                 for route in self.routes_of(&app, environment, &function) {
                     by_host_label.insert(route.host_label.clone(), Arc::new(route));
@@ -131,8 +164,14 @@ mod tests {
 
     #[test]
     fn labels_follow_app_and_function() {
-        assert_eq!(default_label("fastapi-on-modal", "fastapi_app", None), "fastapi-on-modal-fastapi-app");
-        assert_eq!(default_label("My App", "Model.*", Some("predict_now")), "my-app-model-predict-now");
+        assert_eq!(
+            default_label("fastapi-on-modal", "fastapi_app", None),
+            "fastapi-on-modal-fastapi-app"
+        );
+        assert_eq!(
+            default_label("My App", "Model.*", Some("predict_now")),
+            "my-app-model-predict-now"
+        );
     }
 
     #[test]

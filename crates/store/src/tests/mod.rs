@@ -24,7 +24,7 @@ use ionian_domain::app::{App, AppLayout, AppState};
 use ionian_domain::call::{AttemptNumber, Call, CallKind, InputPayload, Invocation, Payload};
 use ionian_domain::environment::Environment;
 use ionian_domain::function::{
-    Autoscaler, Batching, Concurrency, Function, FunctionKind, FunctionSpec, GpuRequest, Resources, RetryPolicy,
+    Autoscaler, Batching, Concurrency, ContainerUse, Function, FunctionKind, FunctionSpec, GpuRequest, Resources, RetryPolicy,
     VolumeMount,
 };
 use ionian_domain::ids::{
@@ -114,6 +114,7 @@ pub(crate) fn function(app: &App, name: &str) -> Function {
             kind: FunctionKind::Generator,
             is_class: true,
             is_server: false,
+            container_use: ContainerUse::Single,
             image_id: Some(ImageId::generate()),
             mount_ids: vec![MountId::generate()],
             secret_ids: vec![SecretId::generate()],
