@@ -75,7 +75,10 @@ pub(crate) async fn answer(
     }
     if forward::host(&request).is_none() && request.version() == Version::HTTP_11 {
         // RFC 9112, section 3.2.
-        return refuse(&request, &Failure::BadRequest("an HTTP/1.1 request needs one Host header"));
+        return refuse(
+            &request,
+            &Failure::BadRequest("an HTTP/1.1 request needs one Host header"),
+        );
     }
     if let Mode::Public { ingress } = mode
         && let Some(host) = forward::host(&request)

@@ -24,8 +24,8 @@ use ionian_domain::app::{App, AppLayout, AppState};
 use ionian_domain::call::{AttemptNumber, Call, CallKind, InputPayload, Invocation, Payload};
 use ionian_domain::environment::Environment;
 use ionian_domain::function::{
-    Autoscaler, Batching, Concurrency, ContainerUse, Function, FunctionKind, FunctionSpec, GpuRequest, Resources, RetryPolicy,
-    VolumeMount,
+    Autoscaler, Batching, Concurrency, ContainerUse, Function, FunctionKind, FunctionSpec, GpuRequest, Resources,
+    RetryPolicy, VolumeMount,
 };
 use ionian_domain::ids::{
     AppId, CallId, ContainerId, DefinitionId, EnvironmentId, FunctionId, ImageId, InputId, MountId, SecretId, VolumeId,
