@@ -259,7 +259,7 @@ impl Place {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let layers = LayerStore::open(dir.path().join("layers")).unwrap();
-        Self { layers, dir }
+        Self { dir, layers }
     }
 
     fn bases(&self, sources: &[BaseSource], registry: RegistryConfig) -> BaseImages {
@@ -268,7 +268,7 @@ impl Place {
         config.registry = registry;
         config.layouts_dir = Some(self.dir.path().join("layouts"));
         // Nothing may be fetched from the outside by these tests.
-        config.package_index.url = "http://127.0.0.1:1/simple/".to_owned();
+        "http://127.0.0.1:1/simple/".clone_into(&mut config.package_index.url);
         config.debian.mmdebstrap = PathBuf::from("/nonexistent/mmdebstrap");
         BaseImages::new(config).unwrap()
     }

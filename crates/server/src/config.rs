@@ -61,7 +61,7 @@ impl Default for Config {
             cpu_millis: 0,
             memory_mib: 0,
             web_hook: true,
-            scaledown_window: Duration::from_secs(60),
+            scaledown_window: Duration::from_mins(1),
             ca_bundle: "auto".to_owned(),
             trust_env: Vec::new(),
         }
@@ -116,7 +116,7 @@ impl Config {
             }
         }
         if let Some(dir) = data_dir {
-            config.data_dir = dir.to_owned();
+            dir.clone_into(&mut config.data_dir);
         }
         if !mistakes.is_empty() {
             bail!(

@@ -33,7 +33,7 @@ mod platform;
 /// How long containers have to end after the last request.
 const CONTAINERS_END: Duration = Duration::from_secs(15);
 /// An ephemeral app's client sends a heartbeat every 15 s; four missed ones mean that it is gone.
-const CLIENT_HEARTBEAT_TIMEOUT: Duration = Duration::from_secs(60);
+const CLIENT_HEARTBEAT_TIMEOUT: Duration = Duration::from_mins(1);
 
 pub(crate) fn container_config(config: &Config) -> ContainerConfig {
     let mut container = ContainerConfig::new(config.instance_id(), config.data_dir.join("containers"));

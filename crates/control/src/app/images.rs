@@ -24,7 +24,9 @@ const BUILD_TIMEOUT: Duration = Duration::from_hours(3);
 pub struct Images<'a>(pub(crate) &'a Control);
 
 /// Everything that a builder needs.
-#[derive(Debug, Clone)]
+///
+/// Not `Debug`: it carries the values of secrets.
+#[derive(Clone)]
 pub struct BuildJob {
     pub image_id: ImageId,
     pub spec: ImageSpec,
