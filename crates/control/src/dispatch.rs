@@ -102,6 +102,7 @@ pub(crate) async fn run(
                     id: entry.container_id,
                     spec,
                     state: entry.state,
+                    must_exist: entry.must_exist,
                 }),
                 Err(exit) => {
                     unprepared.insert(entry.container_id);

@@ -25,6 +25,7 @@ use crate::app::calls::{Calls, Consumed};
 use crate::app::images::{Images, PresentFn};
 use crate::app::payloads::Payloads;
 use crate::app::streams::GeneratorStreams;
+use crate::app::targets::CallTargets;
 use crate::app::{
     apps::Apps, container_calls::ContainerCalls, environments::Environments, functions::Functions, mounts::Mounts,
     secrets::Secrets, tasks::Tasks, tokens::Tokens,
@@ -97,6 +98,7 @@ struct Inner {
     payloads: Payloads,
     streams: GeneratorStreams,
     consumed: Consumed,
+    call_targets: CallTargets,
     containers: Containers,
     data_channels: DataChannels,
     snapshot: watch::Receiver<ContainersSnapshot>,
@@ -170,6 +172,7 @@ impl Control {
                 payloads: Payloads::default(),
                 streams: GeneratorStreams::default(),
                 consumed: Consumed::default(),
+                call_targets: CallTargets::default(),
                 containers,
                 data_channels: data_channels.clone(),
                 snapshot,
@@ -372,6 +375,10 @@ impl Control {
 
     pub(crate) fn payloads(&self) -> &Payloads {
         &self.inner.payloads
+    }
+
+    pub(crate) fn call_targets(&self) -> &CallTargets {
+        &self.inner.call_targets
     }
 
     pub(crate) fn consumed(&self) -> &Consumed {

@@ -29,13 +29,20 @@ const BATCH: u32 = 200;
 /// Runs until cancelled.
 pub(crate) async fn run_short(control: Control, cancel: CancellationToken) {
     while wait(&cancel, SHORT_PERIOD).await {
+        control.sweep().await;
+    }
+}
+
+impl Control {
+    /// Looks after sessions, streams and results that were read. Happens by itself every ten seconds.
+    pub async fn sweep(&self) {
         report(
             "abandoned apps could not be stopped",
-            control.apps().stop_abandoned().await,
+            self.apps().stop_abandoned().await,
         );
-        report("read results could not be noted", note_consumed(&control).await);
-        control.streams().sweep();
-        control.logs().forget_idle();
+        report("read results could not be noted", note_consumed(self).await);
+        self.streams().sweep();
+        self.logs().forget_idle();
     }
 }
 

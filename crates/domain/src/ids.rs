@@ -114,6 +114,8 @@ fn fix_last(mut suffix: [u8; SUFFIX_LENGTH]) -> [u8; SUFFIX_LENGTH] {
 
 id!(/// An app: the unit of deployment.
     AppId, "ap", "an app");
+id!(/// A host that runs containers. Drawn once, kept in the worker's data directory.
+    WorkerId, "wk", "a worker");
 id!(/// A function, a class's service function, or a bound variant of either.
     FunctionId, "fu", "a function");
 id!(/// A class object of an app.

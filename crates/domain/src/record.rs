@@ -5,7 +5,7 @@
 
 use crate::call::{AttemptNumber, Call, InputPayload};
 use crate::container::ContainerExit;
-use crate::ids::{AppId, CallId, ContainerId, FunctionId, InputId};
+use crate::ids::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, WorkerId};
 use crate::outcome::Outcome;
 use crate::time::Timestamp;
 
@@ -68,8 +68,10 @@ pub enum Write {
     },
     ContainerCreated {
         container_id: ContainerId,
+        worker_id: WorkerId,
         app_id: AppId,
         function_id: FunctionId,
+        definition_id: DefinitionId,
         at: Timestamp,
     },
     ContainerEnded {
@@ -121,9 +123,14 @@ pub struct PendingCall {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PendingContainer {
     pub id: ContainerId,
+    /// Where and from what it was started; `None` for one that was recorded before these were.
+    pub origin: Option<(WorkerId, DefinitionId)>,
     pub app_id: AppId,
     pub function_id: FunctionId,
     pub created_at: Timestamp,
+    /// When its web endpoints were noted as announced. The note is written behind the announcement, so
+    /// `None` may also mean that the process died in between.
+    pub web_ready_at: Option<Timestamp>,
 }
 
 /// Everything the scheduler needs to go on where it stopped.

@@ -23,6 +23,19 @@ pub struct DesiredContainer {
     pub id: ContainerId,
     pub spec: Arc<ContainerSpec>,
     pub state: DesiredState,
+    /// A worker has reported it as started, maybe to an earlier control process. A worker that does not
+    /// have it says that it is lost, and starts nothing in its place.
+    pub must_exist: bool,
+}
+
+/// What a worker offers to containers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkerCapacity {
+    /// CPU that containers may ask for in total, in thousandths of a core.
+    pub cpu_millis: u32,
+    pub memory_mib: u32,
+    /// Containers that may be in the first seconds of their start at the same time.
+    pub max_starting: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -6,7 +6,8 @@ use ionian_domain::call::{AttemptNumber, Call};
 use ionian_domain::container::{ContainerExit, StopReason};
 use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::record::{NewInput, Recovered};
-use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp};
+use ionian_domain::worker::WorkerCapacity;
+use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp, WorkerId};
 
 /// Names the caller that waits for an answer. Drawn by `control`, opaque here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -144,6 +145,15 @@ pub enum Event {
         reply: ReplyId,
     },
 
+    /// A worker is there, for the first time or again. It may have other resources than before.
+    WorkerConnected {
+        worker_id: WorkerId,
+        capacity: WorkerCapacity,
+    },
+    /// A sign of life.
+    WorkerHeard {
+        worker_id: WorkerId,
+    },
     WorkerStarted {
         container_id: ContainerId,
     },

@@ -132,8 +132,10 @@ impl State {
         turn.desired_changed = true;
         turn.writes.push(Write::ContainerCreated {
             container_id,
+            worker_id: self.worker,
             app_id: settings.app_id,
             function_id,
+            definition_id: settings.definition_id,
             at: now,
         });
         let container = Container {

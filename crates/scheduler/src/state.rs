@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ionian_domain::call::{AttemptNumber, Call, CallKind};
 use ionian_domain::container::StopReason;
-use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp};
+use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp, WorkerId};
 
 use crate::Config;
 use crate::event::{Event, PollId, PoolSettings};
@@ -254,6 +254,7 @@ pub(crate) struct State {
     /// Requests that wait for functions that have no pool: their app stopped meanwhile.
     pub web_waiting: BTreeMap<FunctionId, u32>,
     pub shutting_down: bool,
+    pub worker: WorkerId,
     #[cfg(test)]
     pub broken: Option<crate::breaks::Break>,
 }
@@ -276,6 +277,7 @@ impl State {
             quiet_calls: BTreeSet::new(),
             web_waiting: BTreeMap::new(),
             shutting_down: false,
+            worker: WorkerId::from_digest(&[0; 32]),
             #[cfg(test)]
             broken: None,
         }
@@ -339,8 +341,14 @@ impl State {
             } => {
                 self.container_stop_requested(now, container_id, graceful, reply, turn);
             }
+            Event::WorkerConnected { worker_id, capacity } => {
+                self.worker = worker_id;
+                self.config.cpu_millis = capacity.cpu_millis;
+                self.config.memory_mib = capacity.memory_mib;
+                self.config.max_starting = capacity.max_starting;
+            }
             // That its process runs changes no decision: it takes work when it asks for it.
-            Event::WorkerStarted { container_id: _ } | Event::Tick => {}
+            Event::WorkerStarted { container_id: _ } | Event::WorkerHeard { worker_id: _ } | Event::Tick => {}
             Event::WorkerExited { container_id, exit } => self.worker_exited(now, container_id, &exit, turn),
             Event::WebDemand {
                 function_id,

@@ -3,7 +3,7 @@
 use ionian_domain::call::{AttemptNumber, Invocation};
 use ionian_domain::record::Write;
 use ionian_domain::worker::DesiredState;
-use ionian_domain::{CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp};
+use ionian_domain::{CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp, WorkerId};
 
 use crate::event::{PollId, Refusal, ReplyId};
 
@@ -81,10 +81,13 @@ pub enum Command {
 /// One line of the desired set; `control` adds what the worker needs to know to start it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DesiredEntry {
+    pub worker_id: WorkerId,
     pub container_id: ContainerId,
     pub function_id: FunctionId,
     pub definition_id: DefinitionId,
     pub state: DesiredState,
+    /// As in [`ionian_domain::worker::DesiredContainer::must_exist`].
+    pub must_exist: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -32,6 +32,8 @@ impl State {
         self.containers
             .iter()
             .map(|(id, container)| DesiredEntry {
+                worker_id: self.worker,
+                must_exist: false,
                 container_id: *id,
                 function_id: container.function_id,
                 definition_id: container.definition_id,

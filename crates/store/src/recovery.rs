@@ -1,7 +1,7 @@
 //! Reads back what recovery starts from.
 
 use ionian_domain::call::AttemptNumber;
-use ionian_domain::ids::ContainerId;
+use ionian_domain::ids::{ContainerId, DefinitionId, WorkerId};
 use ionian_domain::record::{PendingCall, PendingContainer, PendingInput, Recovered};
 use sqlx::query;
 use sqlx::sqlite::SqliteRow;
@@ -56,8 +56,12 @@ fn pending_input(row: &SqliteRow) -> Result<PendingInput, Failure> {
 }
 
 fn pending_container(row: &SqliteRow) -> Result<PendingContainer, Failure> {
+    let worker: Option<WorkerId> = row.optional_id("worker_id")?;
+    let definition: Option<DefinitionId> = row.optional_id("definition_id")?;
     Ok(PendingContainer {
         id: row.id("id")?,
+        origin: worker.zip(definition),
+        web_ready_at: row.optional_time("web_ready_at")?,
         app_id: row.id("app_id")?,
         function_id: row.id("function_id")?,
         created_at: row.time("created_at")?,

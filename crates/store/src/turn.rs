@@ -278,15 +278,19 @@ impl Turn {
             }
             Write::ContainerCreated {
                 container_id,
+                worker_id,
                 app_id,
                 function_id,
+                definition_id,
                 at,
             } => {
                 self.new_containers.push(PendingContainer {
                     id: container_id,
+                    origin: Some((worker_id, definition_id)),
                     app_id,
                     function_id,
                     created_at: at,
+                    web_ready_at: None,
                 });
             }
             Write::ContainerEnded { container_id, exit, at } => {

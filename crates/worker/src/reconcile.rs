@@ -251,6 +251,7 @@ mod tests {
                         id: id(word.chars().next().unwrap()),
                         spec: Arc::clone(&self.spec),
                         state,
+                        must_exist: false,
                     }
                 })
                 .collect();

@@ -183,6 +183,7 @@ impl World {
             id,
             spec: Arc::clone(spec),
             state,
+            must_exist: false,
         }];
         self.desired.send_modify(|set| {
             *set = DesiredSet {

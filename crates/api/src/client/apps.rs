@@ -1,6 +1,6 @@
 //! Apps.
 
-use ionian_control::app::apps::{Disconnect, Publish};
+use ionian_control::app::apps::{Disconnect, Publish, Published};
 use ionian_domain::app::{App, AppState};
 use ionian_domain::environment::Environment;
 use ionian_domain::{AppId, Timestamp};
@@ -213,7 +213,7 @@ pub(crate) async fn publish(
         .apps()
         .publish_as(&ctx.caller, id, publish, ctx.is_retry)
         .await;
-    let app = published.map_err(status::from_error)?;
+    let Published { app, at } = published.map_err(status::from_error)?;
     if !request.tags.is_empty() {
         api.control
             .apps()
@@ -224,8 +224,8 @@ pub(crate) async fn publish(
     Ok(pb::AppPublishResponse {
         url: page_url(api, app.id),
         server_warnings: Vec::new(),
-        // Zero would be shown as "skipped".
-        deployed_at: app.deployed_at.unwrap_or_else(Timestamp::now).as_unix_seconds(),
+        // The client stops containers from before this. Zero would be shown as "skipped".
+        deployed_at: at.as_unix_seconds(),
     })
 }
 

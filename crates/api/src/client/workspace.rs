@@ -3,8 +3,9 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ionian_control::Caller;
-use ionian_domain::Timestamp;
+use ionian_domain::{Timestamp, WorkspaceId};
 use ionian_proto::client as pb;
+use sha2::{Digest, Sha256};
 use tonic::Status;
 
 use crate::context::Context;
@@ -56,16 +57,13 @@ pub(crate) async fn token_info(
         } => (token_id.to_string(), token_name.clone()),
         Caller::Container { entry, .. } => (entry.id.to_string(), String::new()),
     };
-    let workspace = api.control.config().workspace.clone();
+    let workspace = &api.control.config().workspace;
     Ok(pb::TokenInfoGetResponse {
         token_id,
-        workspace_id: String::new(),
+        // There is one workspace and it has no record: its name is what it is known by.
+        workspace_id: WorkspaceId::from_digest(&Sha256::digest(workspace).into()).to_string(),
         workspace_name: workspace.clone(),
         token_name,
-        identity: Some(pb::token_info_get_response::Identity::UserIdentity(pb::UserIdentity {
-            user_id: String::new(),
-            username: workspace,
-        })),
         ..pb::TokenInfoGetResponse::default()
     })
 }

@@ -8,7 +8,7 @@ use pb::AppState::{Deployed, Detached, Ephemeral, Initializing, Stopped};
 use tonic::Code;
 
 use crate::support::deploy::create_app;
-use crate::support::{Deploy, MOMENT, Platform, assert_refused, cbor_input, eventually, tried};
+use crate::support::{Deploy, Platform, assert_refused, cbor_input, eventually, tried};
 
 async fn state(platform: &Platform, app_id: &str) -> pb::AppState {
     let request = pb::AppGetLifecycleRequest {
@@ -290,6 +290,40 @@ async fn apps_are_listed_with_their_containers() {
 }
 
 #[tokio::test]
+async fn a_hot_reload_keeps_ids_and_tells_old_containers_from_new_ones() {
+    let platform = Platform::start().await;
+    let app_id = create_app(&mut platform.client(), "serve.py", Ephemeral).await;
+    let warm = |function: &mut pb::Function| function.warm_pool_size = 1;
+    let deploy = Deploy::into_app(&platform, "", app_id.clone());
+    let first = deploy.function_with("f", warm).await.publish_as(Ephemeral).await;
+    let old = platform.container(first.function("f")).await;
+    let mut deploy = Deploy::into_app(&platform, "", app_id.clone());
+    deploy
+        .create("f", |function| {
+            warm(function);
+            function.timeout_secs = 61;
+        })
+        .await;
+    let mut request = deploy.publish_request(Ephemeral);
+    request.app_state = pb::AppState::Unspecified.into();
+    assert_eq!(request.function_ids["f"], first.function("f").to_string());
+    let published = platform.client().app_publish(request).await.unwrap().into_inner();
+    assert_eq!(state(&platform, &app_id).await, Ephemeral);
+    let new = platform.container_but(first.function("f"), &[old.id]).await;
+    let request = pb::TaskListRequest {
+        app_id,
+        ..Default::default()
+    };
+    let tasks = platform.client().task_list(request).await.unwrap().into_inner().tasks;
+    let new = tasks.iter().find(|task| task.task_id == new.id.to_string()).unwrap();
+    assert!(
+        new.enqueued_at >= published.deployed_at,
+        "the client would stop it as an old one"
+    );
+    assert!(first.published.deployed_at < published.deployed_at);
+}
+
+#[tokio::test]
 async fn an_ephemeral_app_ends_with_its_session() {
     let platform = Platform::start().await;
     let app_id = create_app(&mut platform.client(), "run.py", Ephemeral).await;
@@ -357,12 +391,12 @@ async fn a_detached_app_ends_when_its_session_has_and_nothing_is_left_to_do() {
 #[tokio::test]
 async fn an_app_whose_client_fell_silent_is_stopped() {
     // The sweep looks every ten seconds; here it is asked to look at once.
-    let platform = Platform::start_with(|config| config.client_heartbeat_timeout = Duration::from_millis(50)).await;
+    let platform = Platform::start_with(|config| config.client_heartbeat_timeout = Duration::from_secs(1)).await;
     let silent = create_app(&mut platform.client(), "run.py", Ephemeral).await;
     let detached = create_app(&mut platform.client(), "run.py", Detached).await;
-    tokio::time::sleep(MOMENT).await;
+    tokio::time::sleep(Duration::from_millis(1_200)).await;
     let heard = create_app(&mut platform.client(), "run.py", Ephemeral).await;
-    platform.control.apps().stop_abandoned().await.unwrap();
+    platform.control.sweep().await;
     assert_eq!(state(&platform, &silent).await, Stopped);
     assert_eq!(state(&platform, &heard).await, Ephemeral);
     assert_eq!(state(&platform, &detached).await, Detached);

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tonic::Code;
 
 use crate::support::container::args_of;
-use crate::support::{Client, DeployedApp, MOMENT, Platform, assert_refused, cbor_input, tried, within};
+use crate::support::{Client, DeployedApp, MOMENT, Platform, assert_refused, cbor_input, eventually, tried, within};
 
 pub(crate) fn unary(
     function_id: FunctionId,
@@ -201,6 +201,50 @@ async fn results_of_a_spawned_call_are_read_as_often_as_wanted() {
     let metadata = found.metadata.unwrap();
     assert_eq!((found.num_inputs, metadata.app_id), (1, app.id.to_string()));
     assert_eq!(metadata.function_id, app.function("f").to_string());
+}
+
+#[tokio::test]
+async fn a_result_that_its_caller_has_is_kept_for_less_long() {
+    let platform = Platform::start().await;
+    let app = deployed(&platform).await;
+    let mut client = platform.client();
+    let remote = start(&mut client, unary(app.function("f"), b"x", Sync)).await;
+    let spawned = start(&mut client, unary(app.function("f"), b"x", Async)).await;
+    let container = platform.container(app.function("f")).await;
+    let echo = tokio::spawn(async move { container.echo().await });
+    for call in [&remote, &spawned] {
+        assert_eq!(outputs(&mut client, single(call, 55.0)).await.outputs.len(), 1);
+    }
+    platform.control.sweep().await;
+    let consumed = |call: &str| {
+        let (store, call) = (platform.store.clone(), call.parse::<CallId>().unwrap());
+        async move { store.calls().call_summary(call).await.unwrap().unwrap().consumed }
+    };
+    eventually("the call to be noted", || async {
+        consumed(&remote).await.then_some(())
+    })
+    .await;
+    assert!(!consumed(&spawned).await);
+    // An answer that was lost is asked for again.
+    assert_eq!(outputs(&mut client, single(&remote, 55.0)).await.outputs.len(), 1);
+    echo.abort();
+}
+
+#[tokio::test]
+async fn arguments_and_results_of_some_megabytes_pass() {
+    let platform = Platform::start().await;
+    let app = deployed(&platform).await;
+    let large = vec![7; 9 * 1024 * 1024];
+    let mut client = platform.client();
+    let call = start(&mut client, unary(app.function("f"), &large, Sync)).await;
+    let container = platform.container(app.function("f")).await;
+    let input = container.next().await;
+    assert_eq!(args_of(&input), large);
+    container.succeed(&input, &large).await;
+    assert_eq!(
+        value(&outputs(&mut client, single(&call, 55.0)).await.outputs[0]),
+        large
+    );
 }
 
 #[tokio::test]

@@ -37,6 +37,14 @@ pub struct Publish {
     pub deployment_tag: String,
 }
 
+/// What came of a publish.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Published {
+    pub app: App,
+    /// Containers that were ordered before this may run an older version.
+    pub at: Timestamp,
+}
+
 /// Why a client's session ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Disconnect {
@@ -133,7 +141,7 @@ impl Apps<'_> {
             state: Some(AppState::Deployed),
             ..Publish::default()
         };
-        self.publish(app, publish, "", "").await
+        Ok(self.publish(app, publish, "", "").await?.app)
     }
 
     pub async fn list(&self, environment: &str) -> Result<Vec<App>> {
@@ -162,12 +170,14 @@ impl Apps<'_> {
     }
 
     /// `is_retry` says that the first try may have published it.
-    pub async fn publish_as(&self, caller: &Caller, id: AppId, publish: Publish, is_retry: bool) -> Result<App> {
+    pub async fn publish_as(&self, caller: &Caller, id: AppId, publish: Publish, is_retry: bool) -> Result<Published> {
         // One publish or stop at a time, so that what is announced to the scheduler is what was recorded last.
         let _turn = self.0.apps_turn().lock().await;
         let app = self.get(id).await?;
         if is_retry && self.is_published(&app, &publish).await? {
-            return Ok(app);
+            let newest = self.versions(id).await?.into_iter().next();
+            let at = newest.map_or_else(Timestamp::now, |version| version.deployed_at);
+            return Ok(Published { app, at });
         }
         self.publish(app, publish, &caller.name(), caller.client_version())
             .await
@@ -175,7 +185,7 @@ impl Apps<'_> {
 
     /// One transaction points the app at the new set of functions; from then on new inputs and requests
     /// go to it, and old containers drain.
-    async fn publish(&self, app: App, publish: Publish, by: &str, client_version: &str) -> Result<App> {
+    async fn publish(&self, app: App, publish: Publish, by: &str, client_version: &str) -> Result<Published> {
         if !app.state.accepts_work() {
             return Err(Error::precondition(format!(
                 "app {} was stopped; deploy it again",
@@ -236,6 +246,9 @@ impl Apps<'_> {
             },
         };
         self.0.store().apps().publish(&record).await?;
+        for function_id in layout.functions.values() {
+            self.0.call_targets().forget(*function_id);
+        }
         let published = self.get(app.id).await?;
         for function_id in self.removed_functions(&app, &layout).await? {
             self.deactivate(
@@ -249,7 +262,10 @@ impl Apps<'_> {
         self.0.activate(&published).await?;
         self.0.republish_routes().await?;
         tracing::info!(app = %published.id, name = published.name, version, "app published");
-        Ok(published)
+        Ok(Published {
+            app: published,
+            at: now,
+        })
     }
 
     async fn is_published(&self, app: &App, publish: &Publish) -> Result<bool> {
@@ -372,7 +388,7 @@ impl Apps<'_> {
 
     /// Stops ephemeral apps whose client is gone, and detached ones that have nothing left to do. Called
     /// by a sweep.
-    pub async fn stop_abandoned(&self) -> Result<()> {
+    pub(crate) async fn stop_abandoned(&self) -> Result<()> {
         for app in self.0.store().apps().list_all_live().await? {
             let is_over = match app.state {
                 AppState::Ephemeral | AppState::Initializing => self

@@ -13,7 +13,6 @@ use parking_lot::Mutex;
 use sha2::{Digest, Sha256};
 
 use super::apps::digest;
-use super::functions::Functions;
 use crate::Control;
 use crate::effects::OutputsNews;
 use crate::error::{Error, Result};
@@ -72,11 +71,11 @@ impl Calls<'_> {
         let key = request.dedupe.as_deref();
         let call_id = key.map_or_else(CallId::generate, |key| CallId::from_digest(&digest("call", key)));
         let inputs = name_inputs(call_id, key, request.inputs);
-        let function = self.0.functions().get_running(request.function_id).await?;
+        let target = self.0.call_targets().get(self.0, request.function_id).await?;
         let started = StartedCall {
             call_id,
             inputs: names(&inputs),
-            retry: function.spec.retry,
+            retry: target.retry,
         };
         // Whether or not the client says that it repeats itself: a call must not be recorded twice.
         if key.is_some()
@@ -91,12 +90,12 @@ impl Calls<'_> {
             };
         }
         for input in &inputs {
-            Functions::check_method(&function, input.payload.method_name.as_deref())?;
+            target.check_method(input.payload.method_name.as_deref())?;
         }
         let call = Call {
             id: call_id,
-            app_id: function.app_id,
-            function_id: function.id,
+            app_id: target.app_id,
+            function_id: target.function_id,
             kind: request.kind,
             invocation: request.invocation,
             parent_input_id: request.parent_input_id,
@@ -134,9 +133,9 @@ impl Calls<'_> {
         {
             return Ok(named);
         }
-        let function = self.0.functions().get_running(function_id).await?;
+        let target = self.0.call_targets().get(self.0, function_id).await?;
         for input in &inputs {
-            Functions::check_method(&function, input.payload.method_name.as_deref())?;
+            target.check_method(input.payload.method_name.as_deref())?;
         }
         self.0.payloads().remember(&inputs);
         self.0

@@ -7,7 +7,7 @@ use ionian_domain::app::App;
 use ionian_domain::environment::Environment;
 use ionian_domain::function::{Autoscaler, Binding, ContainerUse, Function, FunctionSpec};
 use ionian_domain::web::{WebKind, WebSpec};
-use ionian_domain::{AppId, ClassId, DefinitionId, ErrorKind, FunctionId, Timestamp};
+use ionian_domain::{AppId, ClassId, DefinitionId, FunctionId, Timestamp};
 use ionian_scheduler::{Event, PoolSettings, PoolStats};
 use sha2::{Digest, Sha256};
 
@@ -106,6 +106,7 @@ impl Functions<'_> {
             created_at: existing.map_or_else(Timestamp::now, |function| function.created_at),
         };
         self.0.store().functions().upsert(&function).await?;
+        self.0.call_targets().forget(function.id);
         Ok(function)
     }
 
@@ -207,6 +208,7 @@ impl Functions<'_> {
         };
         if !unchanged {
             self.0.store().functions().upsert(&function).await?;
+            self.0.call_targets().forget(function.id);
         }
         // An app that is being stopped must not get a pool after that.
         let _turn = self.0.apps_turn().lock().await;
@@ -236,6 +238,7 @@ impl Functions<'_> {
                 ..variant.clone()
             };
             self.0.store().functions().upsert(&followed).await?;
+            self.0.call_targets().forget(followed.id);
         }
         Ok(())
     }
@@ -275,22 +278,6 @@ impl Functions<'_> {
         let is_variant = |other: &Function| other.binding.as_ref().is_some_and(|binding| binding.base == id);
         let variants = all.iter().filter(|other| is_variant(other)).map(|variant| variant.id);
         Ok(std::iter::once(id).chain(variants).collect())
-    }
-
-    /// Refuses an input that the container could only crash on.
-    pub(crate) fn check_method(function: &Function, method: Option<&str>) -> Result<()> {
-        match method {
-            Some(method) if !method.is_empty() && !function.spec.methods.iter().any(|known| known == method) => {
-                Err(Error::new(
-                    ErrorKind::InvalidArgument,
-                    format!(
-                        "'{}' has no method '{method}'",
-                        function.spec.name.trim_end_matches(".*")
-                    ),
-                ))
-            }
-            Some(_) | None => Ok(()),
-        }
     }
 
     pub async fn list_by_app(&self, app_id: AppId) -> Result<Vec<Function>> {

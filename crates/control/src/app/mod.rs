@@ -12,5 +12,6 @@ pub mod payloads;
 pub mod routes;
 pub mod secrets;
 pub mod streams;
+pub(crate) mod targets;
 pub mod tasks;
 pub mod tokens;

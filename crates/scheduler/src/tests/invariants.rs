@@ -75,6 +75,8 @@ impl Before {
                 | Event::PollDropped { .. }
                 | Event::DeliveryLost { .. }
                 | Event::ServerReady { .. }
+                | Event::WorkerConnected { .. }
+                | Event::WorkerHeard { .. }
                 | Event::WorkerStarted { .. }
                 | Event::WorkerExited { .. }
                 | Event::WebDemand { .. }

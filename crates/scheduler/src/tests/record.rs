@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use ionian_domain::call::{AttemptNumber, Call, CallKind};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::{PendingCall, PendingContainer, PendingInput, Recovered, Write};
-use ionian_domain::{AppId, CallId, ContainerId, FunctionId, InputId, Timestamp};
+use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp, WorkerId};
 
 #[derive(Debug, Clone)]
 pub(super) struct CallRow {
@@ -46,6 +46,7 @@ pub(super) struct InputRow {
 
 #[derive(Debug, Clone)]
 struct ContainerRow {
+    origin: (WorkerId, DefinitionId),
     app_id: AppId,
     function_id: FunctionId,
     created_at: Timestamp,
@@ -221,12 +222,15 @@ impl Record {
             }
             Write::ContainerCreated {
                 container_id,
+                worker_id,
                 app_id,
                 function_id,
+                definition_id,
                 at,
             } => {
                 unless(self.ended.contains_key(container_id), "the container existed before")?;
                 let row = ContainerRow {
+                    origin: (*worker_id, *definition_id),
                     app_id: *app_id,
                     function_id: *function_id,
                     created_at: *at,
@@ -278,9 +282,11 @@ impl Record {
                 .into_iter()
                 .map(|(id, row)| PendingContainer {
                     id: *id,
+                    origin: Some(row.origin),
                     app_id: row.app_id,
                     function_id: row.function_id,
                     created_at: row.created_at,
+                    web_ready_at: None,
                 })
                 .collect(),
         }

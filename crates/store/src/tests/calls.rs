@@ -6,7 +6,7 @@ use bytes::Bytes;
 use ionian_domain::ErrorKind;
 use ionian_domain::call::{AttemptNumber, CallKind, Payload};
 use ionian_domain::container::ContainerExit;
-use ionian_domain::ids::{AppId, CallId, ContainerId, FunctionId, InputId};
+use ionian_domain::ids::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, WorkerId};
 use ionian_domain::outcome::{Outcome, OutcomeStatus};
 use ionian_domain::record::{PendingContainer, Recovered, Write};
 use sqlx::Row as _;
@@ -78,8 +78,10 @@ async fn a_turn_that_fails_leaves_nothing() {
         let mut turn = call_with_inputs(&new, &new_inputs(100));
         turn.push(Write::ContainerCreated {
             container_id: ContainerId::generate(),
+            worker_id: WorkerId::generate(),
             app_id: new.app_id,
             function_id: new.function_id,
+            definition_id: DefinitionId::generate(),
             at: at(3),
         });
         turn.extend(bad_end);
@@ -367,13 +369,16 @@ async fn listings() {
 async fn containers() {
     let test = TestStore::open().await;
     let (app_id, function_id) = (AppId::generate(), FunctionId::generate());
+    let (worker_id, definition_id) = (WorkerId::generate(), DefinitionId::generate());
     let ids: Vec<ContainerId> = (0..3).map(|_| ContainerId::generate()).collect();
     let mut writes: Vec<Write> = ids
         .iter()
         .map(|id| Write::ContainerCreated {
             container_id: *id,
+            worker_id,
             app_id,
             function_id,
+            definition_id,
             at: at(1),
         })
         .collect();
@@ -391,9 +396,11 @@ async fn containers() {
     );
     let live = PendingContainer {
         id: ids[2],
+        origin: Some((worker_id, definition_id)),
         app_id,
         function_id,
         created_at: at(1),
+        web_ready_at: None,
     };
     assert_eq!(test.store.calls().load_pending().await.unwrap().containers, [live]);
     let containers = test.store.containers();

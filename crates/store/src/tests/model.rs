@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use ionian_domain::call::{AttemptNumber, CallKind};
 use ionian_domain::container::ContainerExit;
-use ionian_domain::ids::{AppId, CallId, ContainerId, FunctionId, InputId};
+use ionian_domain::ids::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, WorkerId};
 use ionian_domain::record::{NewInput, OutputRecord, PendingCall, PendingContainer, PendingInput, Recovered, Write};
 use proptest::prelude::*;
 
@@ -158,8 +158,10 @@ impl Model {
             },
             Step::CreateContainer => Write::ContainerCreated {
                 container_id: ContainerId::generate(),
+                worker_id: WorkerId::generate(),
                 app_id: AppId::generate(),
                 function_id: FunctionId::generate(),
+                definition_id: DefinitionId::generate(),
                 at: now,
             },
             Step::EndContainer { container } => Write::ContainerEnded {
@@ -264,15 +266,19 @@ impl Model {
             Write::CallConsumed { call_id } => self.call(call_id).consumed = true,
             Write::ContainerCreated {
                 container_id,
+                worker_id,
                 app_id,
                 function_id,
+                definition_id,
                 at,
             } => {
                 let pending = PendingContainer {
                     id: container_id,
+                    origin: Some((worker_id, definition_id)),
                     app_id,
                     function_id,
                     created_at: at,
+                    web_ready_at: None,
                 };
                 self.containers.push((pending, false));
             }

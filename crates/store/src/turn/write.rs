@@ -205,9 +205,13 @@ async fn insert_outputs(tx: &mut Connection, outputs: Vec<OutputRow>) -> Result<
 
 async fn insert_containers(tx: &mut Connection, containers: &[PendingContainer]) -> Result<(), Failure> {
     for slice in bulk_slices(containers) {
-        let mut insert = QueryBuilder::<Sqlite>::new("INSERT INTO containers (id, app_id, function_id, created_at) ");
+        let mut insert = QueryBuilder::<Sqlite>::new(
+            "INSERT INTO containers (id, worker_id, definition_id, app_id, function_id, created_at) ",
+        );
         insert.push_values(slice, |mut row, container| {
             row.push_bind(container.id.to_string())
+                .push_bind(container.origin.map(|(worker, _)| worker.to_string()))
+                .push_bind(container.origin.map(|(_, definition)| definition.to_string()))
                 .push_bind(container.app_id.to_string())
                 .push_bind(container.function_id.to_string())
                 .push_bind(container.created_at.micros());

@@ -110,6 +110,7 @@ impl World {
                 id: *id,
                 spec: Arc::clone(spec),
                 state: *state,
+                must_exist: false,
             })
             .collect();
         self.desired.send_modify(|set| {
