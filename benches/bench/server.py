@@ -94,6 +94,24 @@ class Server:
             raise BenchFailed(f"modal deploy printed no URLs:\n{printed}")
         return printed
 
+    def deploy_app(self, file: str, function: str) -> str:
+        """Deploys another app from the work folder; returns the host of one of its endpoints."""
+        printed = self._run([CLIENT_PYTHON, "-m", "modal", "deploy", file], DEPLOY_SECONDS)
+        found = re.search(rf"https?://([a-z0-9-]+--[a-z0-9-]+-{function}\.localhost:\d+)", printed.replace("\n", " "))
+        if found is None:
+            raise BenchFailed(f"modal deploy printed no URL of {function}:\n{printed}")
+        return found[1]
+
+    def start_python(self, code: str) -> subprocess.Popen[bytes]:
+        """A user's script that goes on meanwhile."""
+        return subprocess.Popen(
+            [CLIENT_PYTHON, "-c", code],
+            cwd=self.work,
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
     def python(self, code: str) -> str:
         return self._run([CLIENT_PYTHON, "-c", code], COMMAND_SECONDS)
 
@@ -123,6 +141,10 @@ class Server:
     def containers(self) -> list[int]:
         """The first processes of all containers."""
         return [pid for pid in machine.descendants(self.pid) if _RUNTIME in machine.command_line(pid)]
+
+    def wait_for_containers(self, count: int) -> None:
+        """Until no more than this many are left."""
+        wait_until(lambda: len(self.containers()) <= count, f"all containers but {count} to end")
 
     def wait_for_no_container(self) -> None:
         def gone() -> bool:

@@ -294,8 +294,9 @@ fn resources(limits: Limits) -> Result<LinuxResources, OciSpecError> {
 }
 
 fn system_mounts(limits: Limits) -> Result<Vec<Mount>, OciSpecError> {
-    // Frameworks that pass tensors between processes need much; the memory limit counts it anyway.
-    let shm_size = limits.memory_bytes.map(|bytes| format!("size={bytes}"));
+    // Frameworks that pass tensors between processes need much. Half of the memory, as the kernel's own default is: who
+    // fills it gets "no space left", where a larger one would have the container killed for lack of memory.
+    let shm_size = limits.memory_bytes.map(|bytes| format!("size={}", bytes / 2));
     let mut shm = vec!["nosuid", "noexec", "nodev", "mode=1777"];
     shm.extend(shm_size.as_deref());
     [
