@@ -9,6 +9,7 @@ mod reap;
 mod serve;
 mod settings;
 mod token;
+mod uninstall;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -52,6 +53,14 @@ enum Command {
     Reap {
         #[command(flatten)]
         source: Source,
+    },
+    /// Remove everything of a stopped server from this host: what `reap` removes, and its data directory.
+    Uninstall {
+        #[command(flatten)]
+        source: Source,
+        /// Really do it; without, it is only told what would go.
+        #[arg(long)]
+        yes: bool,
     },
     /// Print a configuration file with every key, its default and what it means.
     Config,
@@ -136,6 +145,11 @@ fn run(command: Command) -> anyhow::Result<()> {
             let config = source.load()?;
             logging::start(&config.log);
             runtime()?.block_on(reap::run(&config))
+        }
+        Command::Uninstall { source, yes } => {
+            let config = source.load()?;
+            logging::start(&config.log);
+            runtime()?.block_on(uninstall::run(&config, yes))
         }
         Command::Config => {
             settings::print_documented();

@@ -211,7 +211,7 @@ fn platform_of(control: &Control, signer: &UrlSigner, scheme: &'static str) -> i
 }
 
 /// One server per data directory.
-fn lock(data_dir: &Path) -> anyhow::Result<File> {
+pub(crate) fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let path = data_dir.join("serve.lock");
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
