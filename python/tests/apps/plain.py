@@ -1,6 +1,7 @@
 """Functions without a web endpoint, which must not notice the launcher."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -47,7 +48,5 @@ def stubborn() -> None:
     """Cannot be interrupted."""
     print("running")
     while True:
-        try:
+        with contextlib.suppress(BaseException):
             time.sleep(60)
-        except BaseException:
-            pass
