@@ -16,13 +16,14 @@ macro_rules! embedded {
 }
 
 /// Every module of the package; a test compares the list with the directory.
-const FILES: [(&str, &str); 8] = embedded![
+const FILES: [(&str, &str); 9] = embedded![
     "__init__.py",
     "announcement.py",
     "launcher.py",
     "paths.py",
     "platform_scope.py",
     "report.py",
+    "resilience.py",
     "web_hook.py",
     "web_server.py",
 ];

@@ -4,6 +4,7 @@ import asyncio
 import multiprocessing
 import os
 import sys
+import time
 
 import modal
 
@@ -32,3 +33,21 @@ def spawned() -> list:
     # The children import the parent's main module by its name.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.map(abs, [-1, -2])
+
+
+@app.function()
+def slowly(seconds: float) -> str:
+    print("running")
+    time.sleep(seconds)
+    return "done"
+
+
+@app.function()
+def stubborn() -> None:
+    """Cannot be interrupted."""
+    print("running")
+    while True:
+        try:
+            time.sleep(60)
+        except BaseException:
+            pass
