@@ -98,6 +98,7 @@ pub(super) fn worker(
             state_dir: state_dir.join("containers"),
             logs,
             limits: WorkerLimits::for_host(),
+            found: Vec::new(),
             process_python,
         })
         .context("cannot open the worker")
