@@ -20,6 +20,7 @@ use ionian_domain::worker::WorkerCapacity;
 use ionian_image::{HostTrust, LayerStore};
 use ionian_ingress::{Ingress, IngressConfig, Services, platform_service};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -77,7 +78,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 
     let cancel = CancellationToken::new();
     let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
-    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone())?;
+    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone()).await?;
     let builder = parts.builder.clone();
     let (scheme, port) = config
         .public
@@ -134,27 +135,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
 
     announce(&config, public_port)?;
-    let crashed = tokio::select! {
-        () = interrupted()? => false,
-        Some(ended) = essential.join_next() => {
-            if let Err(error) = ended {
-                tracing::error!(%error, "an essential task crashed");
-            }
-            true
-        }
-        ended = &mut worker => {
-            return Err(ended.err().map_or_else(
-                || anyhow::anyhow!("the worker ended by itself"),
-                |error| anyhow::Error::new(error).context("the worker crashed"),
-            ));
-        }
-    };
+    tokio::select! {
+        () = interrupted()? => {}
+        Some(ended) = essential.join_next() => crash("an essential task", ended.err()),
+        ended = &mut worker => crash("the worker", ended.err()),
+    }
     tracing::info!("shutting down");
     serving.cancel();
     public_task.await.context("the public listener crashed")?;
-    if !crashed {
-        control.shut_down(CONTAINERS_END).await;
-    }
+    control.shut_down(CONTAINERS_END).await;
     cancel.cancel();
     ingress.closed().await;
     container_task.await.context("the containers' listener crashed")?;
@@ -165,9 +154,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .await
         .context("cannot remove the containers' network")?;
     store.close().await;
-    if crashed {
-        bail!("the server ended because an essential task crashed; its log says why. Start it again: it recovers");
-    }
     tracing::info!("ended");
     Ok(())
 }
@@ -193,13 +179,16 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
             memory_mib: or(config.memory_mib, three_quarters),
             max_starting: cores.max(2),
         },
-        scheduler: ionian_scheduler::Config {
-            cpu_millis: or(config.cpu_millis, cores * 1_000),
-            memory_mib: or(config.memory_mib, three_quarters),
-            max_starting: cores.max(2),
-            ..ionian_scheduler::Config::default()
-        },
+        scheduler: ionian_scheduler::Config::default(),
     }
+}
+
+/// Ends the process as a kill would: containers go on, and the next start takes them back and recovers from
+/// what is recorded.
+fn crash(what: &str, error: Option<JoinError>) -> ! {
+    let error = error.map_or_else(|| "it ended by itself".to_owned(), |error| error.to_string());
+    tracing::error!(error, "{what} crashed; the server ends. Start it again: it recovers");
+    std::process::exit(1)
 }
 
 /// gRPC to the service, everything else to the platform's own paths.

@@ -180,12 +180,7 @@ fn config(dir: &Path) -> ControlConfig {
             memory_mib: 64_000,
             max_starting: 64,
         },
-        scheduler: ionian_scheduler::Config {
-            cpu_millis: 64_000,
-            memory_mib: 64_000,
-            max_starting: 64,
-            ..ionian_scheduler::Config::default()
-        },
+        scheduler: ionian_scheduler::Config::default(),
     }
 }
 
