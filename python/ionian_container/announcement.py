@@ -11,6 +11,7 @@ it will not, and the caller must close the ports.
 import http.client
 import json
 import os
+import time
 import urllib.parse
 from collections.abc import Mapping
 from typing import TypedDict
@@ -20,6 +21,11 @@ ANNOUNCE_PATH = "/_ionian/v1/web-ready"
 # The platform answers from memory. A container whose announcement takes longer is better off with the data channel
 # than with a cold start of unknown length.
 ANNOUNCE_TIMEOUT_SECONDS = 5.0
+
+# A platform that restarts refuses connections for a moment, in which the runtime itself waits, too. About as long as
+# the runtime's own requests are repeated.
+RESTART_SECONDS = 60.0
+RESTART_PAUSE_SECONDS = 0.2
 
 # Enough of a refusal's body to say what is wrong, and no more: it ends in one log line.
 MAX_REFUSAL_BYTES = 300
@@ -40,20 +46,35 @@ def announce(endpoints: list[Endpoint], environ: Mapping[str, str] = os.environ)
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise AnnouncementError(f"cannot announce to {url!r}: only http and https URLs are supported")
-    connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     headers = {**container_headers(environ.get("MODAL_OVERRIDE_HEADERS", "")), "content-type": "application/json"}
-    connection = connection_type(parts.hostname, parts.port, timeout=ANNOUNCE_TIMEOUT_SECONDS)
-    try:
-        connection.request("POST", parts.path or "/", json.dumps({"endpoints": endpoints}), headers)
-        response = connection.getresponse()
-        refusal = response.read(MAX_REFUSAL_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        raise AnnouncementError(f"announcing the web endpoint to {url} failed: {error!r}") from error
-    finally:
-        connection.close()
+    body = json.dumps({"endpoints": endpoints})
+    give_up = time.monotonic() + RESTART_SECONDS
+    while True:
+        try:
+            response, refusal = _post(parts, body, headers)
+            break
+        except (OSError, http.client.HTTPException) as error:
+            # Repeating it is harmless: the newest announcement counts.
+            if isinstance(error, ConnectionError) and time.monotonic() < give_up:
+                time.sleep(RESTART_PAUSE_SECONDS)
+                continue
+            raise AnnouncementError(f"announcing the web endpoint to {url} failed: {error!r}") from error
     if not 200 <= response.status < 300:
         text = refusal.decode("utf-8", "replace")
         raise AnnouncementError(f"{url} answered {response.status} {response.reason}: {text}")
+
+
+def _post(
+    parts: urllib.parse.SplitResult, body: str, headers: dict[str, str]
+) -> tuple[http.client.HTTPResponse, bytes]:
+    connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = connection_type(parts.hostname or "", parts.port, timeout=ANNOUNCE_TIMEOUT_SECONDS)
+    try:
+        connection.request("POST", parts.path or "/", body, headers)
+        response = connection.getresponse()
+        return response, response.read(MAX_REFUSAL_BYTES)
+    finally:
+        connection.close()
 
 
 def announcement_url(environ: Mapping[str, str]) -> str:

@@ -9,6 +9,7 @@ What differs from a plain `-m modal._container_entrypoint`, and nothing else doe
 - `IONIAN_CLIENT_DEPS` (a folder, or `1` for /__modal/deps) is appended to `sys.path`: the client's dependencies, for
   images that have none. Last, so that the user's own versions win.
 - With `IONIAN_WEB_HOOK=1`, `IONIAN_DEPS` (default /__ionian/deps) is appended after it and the web hook is installed.
+- A restart of the platform does not end the runtime, and one whose container was given up ends (`resilience`).
 - The runtime's own modules are imported with the garbage collector paused and are exempt from it afterwards.
 """
 
@@ -29,8 +30,11 @@ def main() -> None:
     _enable_sigint()
     _use_import_path_of_runtime()
     _append_client_dependencies()
+    resilience = _load("resilience")
+    _forget_own_package()
     web_hook = _load_web_hook() if os.environ.get("IONIAN_WEB_HOOK") == "1" else None
     _import_runtime()
+    resilience.install()
     if web_hook is not None:
         web_hook.install()
     # `alter_sys` makes the runtime `sys.modules["__main__"]`, spec included: multiprocessing's spawn then starts
@@ -73,16 +77,26 @@ def _append_client_dependencies() -> None:
         sys.path.append(CLIENT_DEPS_PATH if setting == "1" else setting)
 
 
-def _load_web_hook() -> ModuleType:
-    # Our own package is importable only for this one statement, which loads all of it: user code can neither be
-    # shadowed by it nor come to depend on it.
+def _load(name: str) -> ModuleType:
+    # Our own package is importable only for this one statement, which loads all that the module needs: user code can
+    # neither be shadowed by it nor come to depend on it.
     package_root = str(Path(__file__).resolve().parent.parent)
     sys.path.insert(0, package_root)
     try:
-        from ionian_container import paths, web_hook
+        return importlib.import_module(f"ionian_container.{name}")
     finally:
         sys.path.remove(package_root)
-    sys.path.append(paths.deps_path())
+
+
+def _forget_own_package() -> None:
+    # User code sees no module that it did not import. What was loaded lives on in what it has wrapped.
+    for name in [name for name in sys.modules if name.split(".")[0] == "ionian_container"]:
+        del sys.modules[name]
+
+
+def _load_web_hook() -> ModuleType:
+    web_hook = _load("web_hook")
+    sys.path.append(_load("paths").deps_path())
     return web_hook
 
 

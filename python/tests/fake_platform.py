@@ -69,6 +69,7 @@ class FakePlatform:
         self.announcement_status = 200
         self.task_results: list[api_pb2.GenericResult] = []
         self.heartbeats: list[float] = []
+        self.refuses_credentials = False
         self._calls: dict[str, Call] = {}
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
@@ -82,17 +83,24 @@ class FakePlatform:
         announcements = ThreadingHTTPServer(("127.0.0.1", 0), self._announcement_handler())
         threading.Thread(target=announcements.serve_forever, daemon=True).start()
         self.announce_url = f"http://127.0.0.1:{announcements.server_port}/_ionian/v1/web-ready"
-        server = self._on_loop(self._start_grpc())
+        self._server = self._on_loop(self._start_grpc(0))
         try:
             yield self
         finally:
             announcements.shutdown()
             announcements.server_close()
-            self._loop.call_soon_threadsafe(server.close)
+            self._loop.call_soon_threadsafe(self._server.close)
             self._loop.call_soon_threadsafe(self._loop.stop)
             thread.join(WAIT_SECONDS)
 
     # What tests do.
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """The platform is gone, with all its connections, and then there again at the same address."""
+        self._on_loop(self._stop_grpc())
+        yield
+        self._server = self._on_loop(self._start_grpc(int(self.url.rpartition(":")[2])))
 
     def kill_switch(self) -> None:
         """The platform's graceful stop, given as an input."""
@@ -104,6 +112,10 @@ class FakePlatform:
         item = call.output.result(WAIT_SECONDS)
         assert item.result.status == api_pb2.GenericResult.GENERIC_STATUS_SUCCESS, item.result.exception
         return cbor2.loads(item.result.data)
+
+    def submit(self, *args: Any) -> None:
+        """Give the container an input, and wait for nothing."""
+        self._submit(cbor2.dumps([list(args), {}]), "", [])
 
     def data_channel_get(self, path: str, method: str = "") -> Response:
         """A GET through the runtime's data channel, as the platform does when the hook is not attached."""
@@ -156,6 +168,8 @@ class FakePlatform:
         async def handle(stream: Any) -> None:
             request = await stream.recv_message()
             self._record(rpc.name)
+            if self.refuses_credentials:
+                raise GRPCError(Status.UNAUTHENTICATED, "the container has ended")
             if implementation is None:
                 raise GRPCError(Status.UNIMPLEMENTED, f"the fake platform has no {rpc.name}")
             if rpc.server_streaming:
@@ -232,10 +246,18 @@ class FakePlatform:
 
         return AnnouncementHandler
 
-    async def _start_grpc(self) -> grpclib.server.Server:
+    async def _stop_grpc(self) -> None:
+        # First of all, so that nothing is said on the way: a killed process says nothing.
+        for protocol in self._server.protocols:
+            if transport := getattr(getattr(protocol, "connection", None), "_transport", None):
+                transport.abort()
+        self._server.close()
+        await self._server.wait_closed()
+
+    async def _start_grpc(self, port: int) -> "Server":
         # Made on the loop that serves it, which is where grpclib looks for one.
-        server = grpclib.server.Server([self])
-        listener = socket.create_server(("127.0.0.1", 0))
+        server = Server([self])
+        listener = socket.create_server(("127.0.0.1", port))
         await server.start(sock=listener)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         return server
@@ -262,6 +284,19 @@ class FakePlatform:
 
     def _on_loop(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(WAIT_SECONDS)
+
+
+class Server(grpclib.server.Server):
+    """Knows its connections, so that it can lose them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.protocols: list[Any] = []
+
+    def _protocol_factory(self) -> Any:
+        protocol = super()._protocol_factory()
+        self.protocols.append(protocol)
+        return protocol
 
 
 class Container:

@@ -6,13 +6,13 @@
 use std::sync::Arc;
 
 use ionian_blobs::UrlSigner;
-use ionian_control::Control;
+use ionian_control::{Control, DISK_FULL};
 use ionian_proto::client as pb;
 use pb::modal_client_server::{ModalClient, ModalClientServer};
 use tonic::body::Body;
 use tonic::codegen::BoxStream;
 use tonic::metadata::MetadataMap;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tower::Service;
 
 use crate::client::{apps, blobs, calls, environments, functions, images, logs, mounts, secrets, tasks, workspace};
@@ -83,6 +83,15 @@ impl Api {
         }
     }
 
+    /// Says which directory is on the disk that is full.
+    fn name_full_disk(&self, status: Status) -> Status {
+        if status.code() == Code::ResourceExhausted && status.message() == DISK_FULL {
+            let dir = self.control.data_dir().display();
+            return Status::resource_exhausted(format!("{DISK_FULL} in its data directory {dir}"));
+        }
+        status
+    }
+
     /// The address by which the sender reached us is the one that its URLs must have.
     fn base_url<B>(&self, request: &http::Request<B>) -> String {
         let authority = request.uri().authority().map(ToString::to_string).or_else(|| {
@@ -121,7 +130,8 @@ macro_rules! handlers {
             $(
                 async fn $method(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
                     let context = context(&request)?;
-                    $handler(self, &context, request.into_inner()).await.map(Response::new)
+                    let answer = $handler(self, &context, request.into_inner()).await;
+                    answer.map(Response::new).map_err(|status| self.name_full_disk(status))
                 }
             )*
             $(
@@ -130,7 +140,10 @@ macro_rules! handlers {
                     request: Request<$stream_request>,
                 ) -> Result<Response<BoxStream<$item>>, Status> {
                     let context = context(&request)?;
-                    $stream_handler(self, &context, request.into_inner()).await.map(|stream| Response::new(stream as BoxStream<$item>))
+                    let answer = $stream_handler(self, &context, request.into_inner()).await;
+                    answer
+                        .map(|stream| Response::new(stream as BoxStream<$item>))
+                        .map_err(|status| self.name_full_disk(status))
                 }
             )*
         }

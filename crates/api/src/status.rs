@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use ionian_control::Error;
+use ionian_blobs::StorageError;
+use ionian_control::{DISK_FULL, Error};
 use ionian_domain::ErrorKind;
 use ionian_proto::client as pb;
 use prost::Message as _;
@@ -67,10 +68,19 @@ pub(crate) fn invalid(message: impl Into<String>) -> Status {
 /// A blob error in the caller's terms.
 pub(crate) fn from_kind(kind: ErrorKind, error: &(dyn std::error::Error + 'static)) -> Status {
     let mut message = error.to_string();
+    if kind == ErrorKind::Internal && is_out_of_space(error) {
+        return Status::resource_exhausted(DISK_FULL);
+    }
     if kind == ErrorKind::Internal {
         let id = hex::encode(rand::random::<[u8; 6]>());
         tracing::error!(error, id, "a request failed");
         message = format!("the server could not use its storage (error id {id}; the server's log has details)");
     }
     Status::new(code(kind), message)
+}
+
+fn is_out_of_space(error: &(dyn std::error::Error + 'static)) -> bool {
+    std::iter::successors(Some(error), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<StorageError>())
+        .any(StorageError::is_out_of_space)
 }

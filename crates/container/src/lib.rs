@@ -11,6 +11,7 @@
 //! |---|---|
 //! | [`runtime`], `running` | the [`Runtime`] trait and the life of one container |
 //! | [`config`] | what an instance of the platform has of its own |
+//! | `keeper` | the process that stays with a container when this one ends |
 //! | `runc`, `bundle`, `seccomp`, `passwd` | the isolated runtime and the OCI bundle it starts from |
 //! | `process` | the runtime without isolation |
 //! | [`overlay`] | layers stacked into one directory |
@@ -23,6 +24,7 @@ mod cgroup;
 mod command;
 pub mod config;
 mod descriptor;
+mod keeper;
 mod mounts;
 pub mod network;
 pub mod overlay;

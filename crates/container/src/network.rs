@@ -13,12 +13,15 @@
 //! container.
 //!
 //! A namespace is held by a descriptor of this process and by the processes in it, never by a file. So a crash
-//! leaves none behind: the kernel removes it, its `eth0` and the host's end with the last holder.
+//! leaves only those of containers that live on: the kernel removes a namespace, its `eth0` and the host's end
+//! with the last holder. Such containers keep their addresses: the next process takes bridge, firewall and
+//! subnet over ([`survivor`]).
 
 mod firewall;
 mod link;
 pub mod resolver;
 mod subnet;
+mod survivor;
 
 use std::collections::{BTreeSet, VecDeque};
 use std::io;
@@ -32,7 +35,12 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use crate::config::ContainerConfig;
+use crate::keeper::record::NetworkRecord;
 pub use subnet::Subnet;
+pub(crate) use survivor::Survivor;
+
+/// How many hexadecimal digits number a host's end.
+const LINK_DIGITS: usize = 5;
 
 /// After a namespace could not be made, the pool waits this long; starts make their own and see the error.
 const REFILL_BACKOFF: Duration = Duration::from_secs(5);
@@ -85,7 +93,8 @@ struct Pool {
 /// A network namespace with an address. Dropping it closes the namespace, and with the last process in it the
 /// kernel removes the rest a little later; [`Slot::release`] does so before it returns.
 pub(crate) struct Slot {
-    namespace: OwnedFd,
+    /// `None` for a container of an earlier process, whose own processes hold it.
+    namespace: Option<OwnedFd>,
     claim: Claim,
     addresses: Arc<Mutex<Addresses>>,
 }
@@ -95,13 +104,18 @@ impl Slot {
         IpAddr::V4(self.claim.address)
     }
 
-    /// Where another process finds the namespace while this slot lives.
-    pub(crate) fn namespace_path(&self) -> PathBuf {
-        PathBuf::from(format!(
-            "/proc/{}/fd/{}",
-            std::process::id(),
-            self.namespace.as_raw_fd()
-        ))
+    /// What a later process needs to know of it.
+    pub(crate) fn record(&self) -> NetworkRecord {
+        NetworkRecord {
+            address: self.claim.address,
+            host_link: self.claim.host_link.clone(),
+        }
+    }
+
+    /// Where another process finds the namespace while this slot lives; `None` if only its processes have it.
+    pub(crate) fn namespace_path(&self) -> Option<PathBuf> {
+        let descriptor = self.namespace.as_ref()?.as_raw_fd();
+        Some(PathBuf::from(format!("/proc/{}/fd/{descriptor}", std::process::id())))
     }
 
     /// Removes the host's end, and with it `eth0`. Blocks.
@@ -118,8 +132,8 @@ impl Drop for Slot {
 
 impl Network {
     /// The bridge's and the firewall table's names are made from the instance's id, so what is left of an
-    /// earlier run is found and replaced.
-    pub(crate) async fn open(config: &ContainerConfig) -> Result<Self, NetworkError> {
+    /// earlier run is found and replaced, or taken over if its containers still use it.
+    pub(crate) async fn open(config: &ContainerConfig, survivor: Option<Survivor>) -> Result<Self, NetworkError> {
         let names = Names::of(config);
         let resolver = resolver::resolv_conf(&config.nameservers);
         if let Some(problem) = &resolver.problem {
@@ -128,18 +142,26 @@ impl Network {
         let pool = config.address_pool;
         let seed = config.short_id();
         let bridge = names.bridge.clone();
+        let last_choice = survivor::last_choice(config);
         let (subnet, mtu) = blocking("set up the bridge", move || {
             let _lock = subnet::lock_choice()?;
+            if let Some(survivor) = survivor {
+                return Ok((survivor.subnet, link::host_facts()?.uplink_mtu));
+            }
             link::delete(&bridge)?;
             let facts = link::host_facts()?;
-            let subnet = subnet::choose(pool, &seed, &facts.routes, &resolver.nameservers)?;
+            let subnet = subnet::choose(pool, &seed, last_choice, &facts.routes, &resolver.nameservers)?;
             link::create_bridge(&bridge, &seed, subnet, facts.uplink_mtu)?;
             Ok((subnet, facts.uplink_mtu))
         })
         .await?;
         enable_forwarding()?;
-        firewall::create(&names.table, &names.bridge, subnet).await?;
-        tracing::info!(bridge = %names.bridge, %subnet, mtu, "the containers' network is up");
+        if survivor.is_none() {
+            firewall::create(&names.table, &names.bridge, subnet).await?;
+            let rules = firewall::digest(&names.table, &names.bridge, subnet);
+            survivor::remember(config, subnet, rules)?;
+        }
+        tracing::info!(bridge = %names.bridge, %subnet, mtu, taken_over = survivor.is_some(), "the containers' network is up");
 
         let shared = Arc::new(Shared {
             bridge: names.bridge,
@@ -195,6 +217,17 @@ impl Network {
         }
     }
 
+    /// The network of a container of an earlier process, over whose network this one was opened. `None` if it
+    /// is not of this network, or somebody has it already.
+    pub(crate) fn take_over_slot(&self, record: &NetworkRecord) -> Option<Slot> {
+        let claim = lock(&self.shared.addresses).claim_again(record)?;
+        Some(Slot {
+            namespace: None,
+            claim,
+            addresses: Arc::clone(&self.shared.addresses),
+        })
+    }
+
     /// Waits until the pool is as full as it should be: for tests and measurements.
     pub async fn wait_until_warm(&self) {
         /// The pool is filled by another task; this is not on any start's path.
@@ -206,21 +239,24 @@ impl Network {
 
     /// Removes bridge and firewall. Containers that still run are cut off.
     pub(crate) async fn remove(&self) -> Result<(), NetworkError> {
+        self.close().await?;
+        let bridge = self.shared.bridge.clone();
+        blocking("remove the bridge", move || link::delete(&bridge).map(|_| ())).await?;
+        firewall::remove(&self.shared.table).await
+    }
+
+    /// Gives no namespaces any more and removes the idle ones; the others go on.
+    pub(crate) async fn close(&self) -> Result<(), NetworkError> {
         self.refill.abort();
         let idle = {
             let mut pool = lock(&self.shared.pool);
             pool.closed = true;
             std::mem::take(&mut pool.slots)
         };
-        let bridge = self.shared.bridge.clone();
-        blocking("remove the bridge", move || {
-            for slot in idle {
-                slot.release()?;
-            }
-            link::delete(&bridge).map(|_| ())
+        blocking("remove idle network namespaces", move || {
+            idle.into_iter().try_for_each(Slot::release)
         })
-        .await?;
-        firewall::remove(&self.shared.table).await
+        .await
     }
 
     /// The host's ends that belong to namespaces of this process, which a reap must leave alone.
@@ -256,10 +292,13 @@ impl Names {
     }
 }
 
-/// Removes host ends of earlier runs' containers, except those in `keep`. Blocks.
-pub(crate) fn reap_links(names: &Names, keep: &BTreeSet<String>) -> Result<usize, NetworkError> {
+/// Removes host ends of earlier runs' containers, except those in `keep`, which is asked for after they have
+/// been listed. Blocks.
+pub(crate) fn reap_links(names: &Names, keep: &dyn Fn() -> BTreeSet<String>) -> Result<usize, NetworkError> {
     let mut removed = 0;
-    for name in link::with_prefix(&names.link_prefix)? {
+    let found = link::with_prefix(&names.link_prefix)?;
+    let keep = keep();
+    for name in found {
         if !keep.contains(&name) && link::delete(&name)? {
             removed += 1;
         }
@@ -276,7 +315,7 @@ struct Addresses {
     /// The host's ends of all namespaces that are being made, wait or are in use.
     links: BTreeSet<String>,
     link_prefix: String,
-    /// Numbers the host's ends; five hexadecimal digits.
+    /// Numbers the host's ends; [`LINK_DIGITS`] hexadecimal digits.
     next_link: u32,
 }
 
@@ -310,12 +349,32 @@ impl Addresses {
         };
         self.used.insert(index);
         self.next = (index + 1) % count;
-        self.next_link = (self.next_link + 1) & 0xf_ffff;
-        let host_link = format!("{}{:05x}", self.link_prefix, self.next_link);
-        self.links.insert(host_link.clone());
+        // Links are never more than addresses, which are far fewer than numbers.
+        let host_link = loop {
+            self.next_link = (self.next_link + 1) & 0xf_ffff;
+            let name = format!("{}{:05x}", self.link_prefix, self.next_link);
+            if self.links.insert(name.clone()) {
+                break name;
+            }
+        };
         Ok(Claim {
             address: self.subnet.container(index),
             host_link,
+        })
+    }
+
+    /// One that an earlier process gave away. Others are given from behind the last of them.
+    fn claim_again(&mut self, record: &NetworkRecord) -> Option<Claim> {
+        let index = self.subnet.index_of(record.address)?;
+        let is_ours = record.host_link.strip_prefix(&self.link_prefix)?.len() == LINK_DIGITS;
+        if !is_ours || self.used.contains(&index) || !self.links.insert(record.host_link.clone()) {
+            return None;
+        }
+        self.used.insert(index);
+        self.next = self.next.max((index + 1) % self.subnet.container_count());
+        Some(Claim {
+            address: record.address,
+            host_link: record.host_link.clone(),
         })
     }
 
@@ -362,7 +421,7 @@ async fn create_slot(shared: &Arc<Shared>) -> Result<Slot, NetworkError> {
         };
         match link::create_namespace(plan) {
             Ok(namespace) => Ok(Slot {
-                namespace,
+                namespace: Some(namespace),
                 claim,
                 addresses: Arc::clone(&shared.addresses),
             }),
@@ -437,5 +496,36 @@ mod tests {
         ));
         addresses.release(&first);
         assert_eq!(addresses.claim().unwrap().address, first.address);
+    }
+
+    #[test]
+    fn what_an_earlier_process_gave_away_is_not_given_again() {
+        let subnet = Subnet::new(Ipv4Addr::new(172, 29, 0, 0), 22);
+        let mut addresses = Addresses::new(subnet, "iv".to_owned());
+        let record = |last, link: &str| NetworkRecord {
+            address: Ipv4Addr::new(172, 29, 0, last),
+            host_link: link.to_owned(),
+        };
+        let taken = addresses.claim_again(&record(9, "iv00002")).unwrap();
+        for bad in [
+            record(9, "iv00003"),
+            record(10, "iv00002"),
+            record(1, "iv00003"),
+            record(10, "eth0"),
+            record(10, "iv3"),
+        ] {
+            assert!(addresses.claim_again(&bad).is_none(), "{bad:?}");
+        }
+        let mut links = vec![taken.host_link.clone()];
+        for _ in 1..subnet.container_count() {
+            let claim = addresses.claim().unwrap();
+            assert_ne!(claim.address, taken.address);
+            links.push(claim.host_link);
+        }
+        links.sort();
+        links.dedup();
+        assert_eq!(links.len(), subnet.container_count() as usize);
+        addresses.release(&taken);
+        assert_eq!(addresses.claim().unwrap().address, taken.address);
     }
 }

@@ -82,6 +82,16 @@ impl MountGuard {
         &self.target
     }
 
+    /// What an earlier process mounted, or what is left of it.
+    pub(crate) fn taken_over(target: PathBuf) -> Self {
+        Self { target, mounted: true }
+    }
+
+    /// Leaves it mounted.
+    pub(crate) fn leave(mut self) {
+        self.mounted = false;
+    }
+
     /// Unmounts and says whether it worked. What is still in use is detached: out of sight at once, gone with
     /// its last user.
     pub fn unmount(mut self) -> Result<(), OverlayError> {

@@ -16,7 +16,7 @@ use ionian_domain::container::{ContainerExit, RuntimeKind, StartTimings};
 use tokio::process::Command;
 
 use crate::network::Network;
-use crate::running::{ContainerHandle, Remains, Started, output_pipe};
+use crate::running::{ContainerHandle, MainProcess, Remains, Started, output_pipe};
 use crate::runtime::{
     Capabilities, DisposeError, Feature, Launch, Limits, NetworkMode, ReapError, ReapReport, RunningContainer, Runtime,
     StartError, Upper,
@@ -48,6 +48,7 @@ impl Runtime for ProcessRuntime {
             Feature::OwnNetwork,
             Feature::Users,
             Feature::EndsAllProcesses,
+            Feature::Adoption,
         ])
     }
 
@@ -104,7 +105,7 @@ impl Runtime for ProcessRuntime {
             stderr,
             timings,
             handle,
-            child,
+            main: MainProcess::Child(child),
             remains,
         }))
     }
@@ -131,6 +132,8 @@ fn refuse_what_is_missing(launch: &Launch) -> Result<(), StartError> {
         Some("network of its own (ask for the host's)")
     } else if launch.user.is_some() {
         Some("other user than the platform's")
+    } else if launch.outlives_us {
+        Some("way to outlive the platform's process")
     } else {
         None
     };

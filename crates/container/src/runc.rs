@@ -1,18 +1,21 @@
-//! The isolated runtime: `runc` as a foreground process per container.
+//! The isolated runtime: `runc` as a foreground process per container, under a keeper.
 //!
 //! `runc run` stays for the container's life and relays its output; in return its exit is the container's,
-//! without polling and whoever our children are. `runc create` followed by `runc start` took 25 to 30 ms
-//! where `runc run` took 20, and then nobody would learn the exit status.
+//! without polling. It is the child of a [`keeper`](crate::keeper), so that it and the container live on when
+//! this process does not. `runc create` followed by `runc start` took 25 to 30 ms where `runc run` took 20,
+//! and then nobody would learn the exit status.
 //!
 //! The steps of a start: the root is mounted, a network namespace is taken from the pool, the bundle is
 //! written, runc runs until it has written the first process's number. Whatever fails, `Leftovers` removes
 //! what there is by then.
 
+mod adoption;
 mod leftovers;
 mod start;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
+use std::os::fd::RawFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -21,14 +24,17 @@ use async_trait::async_trait;
 use ionian_domain::container::RuntimeKind;
 use nix::fcntl::{Flock, FlockArg};
 
-use self::leftovers::{Leftovers, reap};
+use self::adoption::Adoptable;
+use self::leftovers::{Keep, Leftovers, reap};
 use self::start::start;
 use crate::cgroup::Hierarchies;
 use crate::config::ContainerConfig;
-use crate::network::Network;
+use crate::keeper::{self, record};
+use crate::network::{Network, Slot, Survivor};
 use crate::running::Remains;
 use crate::runtime::{
-    Capabilities, Launch, NetworkMode, OpenError, ReapError, ReapReport, RunningContainer, Runtime, StartError,
+    Capabilities, DisposeError, Launch, NetworkMode, OpenError, ReapError, ReapReport, RunningContainer, Runtime,
+    StartError,
 };
 
 pub struct RuncRuntime {
@@ -40,6 +46,10 @@ struct Inner {
     runc: PathBuf,
     cgroups: Hierarchies,
     network: Network,
+    /// Names this run of the machine.
+    boot_id: String,
+    /// Descriptors that keepers must not have.
+    inherited: Vec<RawFd>,
     live: Mutex<Live>,
     /// Keeps other processes from using the same directory.
     _lock: Flock<File>,
@@ -48,11 +58,16 @@ struct Inner {
 #[derive(Default)]
 struct Live {
     names: BTreeSet<String>,
+    /// Of an earlier process, until they are adopted or discarded.
+    adoptable: BTreeMap<String, Adoptable>,
+    /// Keep addresses taken whose containers have been let go of.
+    released: Vec<Slot>,
     shut_down: bool,
 }
 
 impl RuncRuntime {
-    /// Checks the host, removes what an earlier run left behind and sets up the network.
+    /// Checks the host, finds what may be adopted, removes what else an earlier run left behind and sets up
+    /// the network, or takes it over with its containers.
     pub async fn open(config: ContainerConfig) -> Result<Self, OpenError> {
         if !nix::unistd::geteuid().is_root() {
             return Err(OpenError::NeedsRoot {
@@ -73,23 +88,46 @@ impl RuncRuntime {
         let cgroups = Hierarchies::detect().map_err(|reason| OpenError::Cgroups { reason })?;
         let lock = prepare_state_dir(&config)?;
 
+        let failed = |path: &str| {
+            let path = PathBuf::from(path);
+            move |source| OpenError::StateDir { path, source }
+        };
+        let boot_id = record::boot_id().map_err(failed("/proc/sys/kernel/random/boot_id"))?;
+        let inherited = keeper::inherited_descriptors().map_err(failed("/proc/self/fd"))?;
+
+        let (found, survivor) = find_survivors(&config, &boot_id).await?;
         let report = {
-            let (config, cgroups) = (config.clone(), cgroups.clone());
-            run_blocking(move || reap(&config, &cgroups, &BTreeSet::new(), &BTreeSet::new())).await
+            let (config, cgroups, boot_id) = (config.clone(), cgroups.clone(), boot_id.clone());
+            let names: BTreeSet<_> = found.keys().cloned().collect();
+            let links: BTreeSet<_> = found.values().filter_map(adoption::Found::host_link).collect();
+            run_blocking(move || {
+                let keep = Keep {
+                    container: &|name| names.contains(name),
+                    links: &|| links.clone(),
+                };
+                reap(&config, &cgroups, &boot_id, &keep)
+            })
+            .await
         }
         .map_err(OpenError::Reap)?;
         if !report.is_empty() {
             tracing::warn!(?report, "removed what an earlier run left behind");
         }
-        let network = Network::open(&config).await.map_err(OpenError::Network)?;
-        tracing::info!(runc = %runc.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, "the runc runtime is ready");
-        let live = Mutex::new(Live::default());
+        let network = Network::open(&config, survivor).await.map_err(OpenError::Network)?;
+        let adoptable = adoption::take_over(found, &network);
+        tracing::info!(runc = %runc.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), "the runc runtime is ready");
+        let live = Mutex::new(Live {
+            adoptable,
+            ..Live::default()
+        });
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
                 runc,
                 cgroups,
                 network,
+                boot_id,
+                inherited,
                 live,
                 _lock: lock,
             }),
@@ -148,18 +186,32 @@ impl Runtime for RuncRuntime {
     async fn reap(&self) -> Result<ReapReport, ReapError> {
         let inner = Arc::clone(&self.inner);
         run_blocking(move || {
-            let live = inner.live().names.clone();
-            reap(&inner.config, &inner.cgroups, &live, &inner.network.links())
+            // Their addresses with them.
+            inner.live().adoptable.clear();
+            let keep = Keep {
+                container: &|name| inner.live().names.contains(name),
+                links: &|| inner.network.links(),
+            };
+            reap(&inner.config, &inner.cgroups, &inner.boot_id, &keep)
         })
         .await
     }
 
     async fn remove_all(&self) -> Result<(), ReapError> {
         let inner = Arc::clone(&self.inner);
-        inner.live().shut_down = true;
+        {
+            let mut live = inner.live();
+            live.shut_down = true;
+            live.adoptable.clear();
+            live.released.clear();
+        }
         inner.network.remove().await.map_err(ReapError::Network)?;
         run_blocking(move || {
-            reap(&inner.config, &inner.cgroups, &BTreeSet::new(), &BTreeSet::new())?;
+            let nothing = Keep {
+                container: &|_| false,
+                links: &BTreeSet::new,
+            };
+            reap(&inner.config, &inner.cgroups, &inner.boot_id, &nothing)?;
             inner
                 .cgroups
                 .remove(&inner.config.cgroup_path())
@@ -175,6 +227,49 @@ impl Runtime for RuncRuntime {
         })
         .await
     }
+
+    fn adoptable(&self) -> Vec<String> {
+        self.inner.live().adoptable.keys().cloned().collect()
+    }
+
+    async fn adopt(&self, name: &str) -> Option<RunningContainer> {
+        adoption::adopt(&self.inner, name)
+    }
+
+    async fn discard_unadopted(&self) -> Result<(), DisposeError> {
+        let inner = Arc::clone(&self.inner);
+        run_blocking(move || adoption::discard(&inner)).await
+    }
+
+    async fn detach(&self) -> Result<(), ReapError> {
+        self.inner.live().shut_down = true;
+        self.inner.network.close().await.map_err(ReapError::Network)
+    }
+}
+
+/// What may be adopted, and the network that it needs.
+async fn find_survivors(
+    config: &ContainerConfig,
+    boot_id: &str,
+) -> Result<(BTreeMap<String, adoption::Found>, Option<Survivor>), OpenError> {
+    let mut found = {
+        let (config, boot_id) = (config.clone(), boot_id.to_owned());
+        run_blocking(move || adoption::find(&config, &boot_id)).await
+    }
+    .map_err(OpenError::Reap)?;
+    if !found.values().any(|found| found.host_link().is_some()) {
+        return Ok((found, None));
+    }
+    let survivor = Survivor::find(config).await.map_err(OpenError::Network)?;
+    let before = found.len();
+    found.retain(|_, found| found.is_reachable_in(survivor.as_ref()));
+    if found.len() < before {
+        tracing::warn!(
+            containers = before - found.len(),
+            "the network of containers that still ran cannot be taken over; they are killed"
+        );
+    }
+    Ok((found, survivor))
 }
 
 impl Inner {

@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
 use crate::descriptor;
+use crate::keeper::Kept;
 use crate::runtime::{DisposeError, SignalError};
 
 /// The reading end of a pipe. Whoever takes it must read it: a full pipe stops the container's writes, which
@@ -26,7 +27,8 @@ pub type OutputStream = tokio::net::unix::pipe::Receiver;
 /// seconds for many gigabytes. Uninterruptible waits on a dead network file system are what is beyond it.
 pub(crate) const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// One started container. Dropping it kills it and removes what it had, in the background.
+/// One started or adopted container. Dropping it kills it and removes what it had, in the background;
+/// [`Self::release`] lets it run on. If this process is killed, it runs on as well.
 pub struct RunningContainer {
     pub name: String,
     /// The first process, as the host numbers it.
@@ -37,13 +39,30 @@ pub struct RunningContainer {
     pub stdout: Option<OutputStream>,
     /// `Some` until taken.
     pub stderr: Option<OutputStream>,
+    /// Empty for one that was adopted.
     pub timings: StartTimings,
     handle: ContainerHandle,
-    /// The process whose end is the container's end: runc's, or the container's own without isolation.
-    child: Child,
+    main: MainProcess,
     exit: Option<ContainerExit>,
     /// `None` once disposed of.
     remains: Option<Box<dyn Remains>>,
+}
+
+/// The process whose end is the container's end.
+pub(crate) enum MainProcess {
+    /// Ends with this process: the container's own, without isolation.
+    Child(Child),
+    Kept(Kept),
+}
+
+impl MainProcess {
+    /// `None` if nobody could tell how it ended.
+    async fn wait(&mut self, first_process: &ContainerHandle) -> io::Result<Option<ExitStatus>> {
+        match self {
+            Self::Child(child) => child.wait().await.map(Some),
+            Self::Kept(kept) => kept.wait(first_process).await,
+        }
+    }
 }
 
 /// What a container has on the host, and what its runtime knows about its end.
@@ -53,6 +72,14 @@ pub(crate) trait Remains: Send {
     /// Ends what still runs and removes everything, blocking. Called once; dropping without it must do the
     /// same in the background.
     fn remove(self: Box<Self>) -> Result<(), DisposeError>;
+
+    /// Whether it was started so that a later process may adopt it.
+    fn may_be_adopted(&self) -> bool {
+        false
+    }
+
+    /// Leaves everything as it is, where that is allowed.
+    fn leave(self: Box<Self>) {}
 }
 
 pub(crate) struct Started {
@@ -63,7 +90,7 @@ pub(crate) struct Started {
     pub stderr: OutputStream,
     pub timings: StartTimings,
     pub handle: ContainerHandle,
-    pub child: Child,
+    pub main: MainProcess,
     pub remains: Box<dyn Remains>,
 }
 
@@ -77,7 +104,7 @@ impl RunningContainer {
             stderr: Some(started.stderr),
             timings: started.timings,
             handle: started.handle,
-            child: started.child,
+            main: started.main,
             exit: None,
             remains: Some(started.remains),
         }
@@ -96,8 +123,12 @@ impl RunningContainer {
             return exit.clone();
         }
         self.handle.before_reaping().await;
-        let exit = match (self.child.wait().await, &self.remains) {
-            (Ok(status), Some(remains)) => remains.exit_of(status),
+        let exit = match (self.main.wait(&self.handle).await, &self.remains) {
+            (Ok(Some(status)), Some(remains)) => remains.exit_of(status),
+            (Ok(None), Some(_)) => {
+                tracing::error!(container = %self.name, "a container's keeper was killed; the container is ended");
+                ContainerExit::Lost
+            }
             (Ok(_), None) => unreachable!("a disposed container cannot be waited for: dispose takes it"),
             (Err(error), _) => {
                 tracing::error!(container = %self.name, %error, "lost track of a container's process");
@@ -110,7 +141,7 @@ impl RunningContainer {
             },
             exit => exit,
         };
-        // Where runc stands for the container and was itself killed, the container must not outlive it.
+        // Where another process stands for the container and was itself killed, it must not outlive that one.
         self.kill();
         self.exit = Some(exit.clone());
         exit
@@ -130,7 +161,17 @@ impl RunningContainer {
     pub async fn dispose(mut self) -> Result<(), DisposeError> {
         self.kill();
         let name = self.name.clone();
-        let Ok(_) = tokio::time::timeout(KILL_TIMEOUT, self.wait()).await else {
+        let ended = async {
+            if let (MainProcess::Kept(kept), None) = (&self.main, &self.exit) {
+                // Nobody wants what it printed last, and it must not wait for a reader.
+                if let Err(error) = kept.wait_without_output().await {
+                    tracing::error!(container = %name, %error, "lost track of a container's process");
+                }
+            } else {
+                self.wait().await;
+            }
+        };
+        let Ok(()) = tokio::time::timeout(KILL_TIMEOUT, ended).await else {
             return Err(DisposeError::StillRunning {
                 name,
                 seconds: KILL_TIMEOUT.as_secs(),
@@ -142,6 +183,15 @@ impl RunningContainer {
         match tokio::task::spawn_blocking(|| remains.remove()).await {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+
+    /// Lets go without killing: the container runs on, its output waits, and the next process that opens the
+    /// runtime on this state directory may adopt it. One that was not started with
+    /// [`outlives_us`](crate::Launch::outlives_us) is killed and removed, as if dropped.
+    pub fn release(mut self) {
+        if let Some(remains) = self.remains.take_if(|remains| remains.may_be_adopted()) {
+            remains.leave();
         }
     }
 }
@@ -240,6 +290,15 @@ impl ContainerHandle {
         }
     }
 
+    /// Waits for the first process's end, which its parent may not have noticed yet.
+    pub(crate) async fn ended(&self) {
+        if let Some(pidfd) = &self.inner.pidfd
+            && let Err(error) = pidfd.readable().await
+        {
+            tracing::error!(container = %self.inner.name, %error, "failed to wait for a process");
+        }
+    }
+
     fn was_killed(&self) -> bool {
         self.inner.was_killed.load(Ordering::Acquire)
     }
@@ -255,11 +314,7 @@ impl ContainerHandle {
         if !has_group {
             return;
         }
-        if let Some(pidfd) = &self.inner.pidfd
-            && let Err(error) = pidfd.readable().await
-        {
-            tracing::error!(container = %self.inner.name, %error, "failed to wait for a process");
-        }
+        self.ended().await;
         self.kill_group();
         *self.inner.group.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }

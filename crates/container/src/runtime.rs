@@ -6,6 +6,14 @@
 //!
 //! `wait` never polls. `dispose` removes everything the container had on the host; dropping a
 //! [`RunningContainer`] kills it and does the same in the background, so that an early return leaks nothing.
+//!
+//! A container with [`Launch::outlives_us`] lives on when this process is killed or lets go of it:
+//!
+//! ```text
+//! kill -9 of the owner, or RunningContainer::release and Runtime::detach
+//!   --> the next owner opens the runtime --> adoptable --> adopt --> RunningContainer
+//!                                                      \-> discard_unadopted --> nothing left
+//! ```
 
 use std::fmt;
 use std::io;
@@ -32,13 +40,40 @@ pub trait Runtime: Send + Sync {
     async fn start(&self, launch: Launch) -> Result<RunningContainer, StartError>;
 
     /// Removes what a crash or a reboot left behind from this instance: containers, interfaces, mounts,
-    /// control groups and directories. What this process started and has not disposed of is left alone,
-    /// and so is everything of other instances.
+    /// control groups and directories. What this process started or adopted and has not disposed of is left
+    /// alone, and so is everything of other instances. What could still be adopted is not.
     async fn reap(&self) -> Result<ReapReport, ReapError>;
 
     /// The last step of a clean shutdown: kills what still runs and removes what the instance shares among
     /// its containers (bridge, firewall table, control group). The runtime starts nothing afterwards.
     async fn remove_all(&self) -> Result<(), ReapError>;
+
+    /// Names of containers of an earlier process that nobody has asked for yet. They run, or have ended in
+    /// the meantime.
+    fn adoptable(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// A container of an earlier process, as if this one had started it: its end (also one that nobody has
+    /// seen), its signals, its address, and its output from where it was last read. `None` if there is no
+    /// such container or it has been handed out.
+    async fn adopt(&self, name: &str) -> Option<RunningContainer> {
+        let _ = name;
+        None
+    }
+
+    /// Kills and removes the containers of an earlier process that have not been adopted.
+    async fn discard_unadopted(&self) -> Result<(), DisposeError> {
+        Ok(())
+    }
+
+    /// The last step of a shutdown after which another process goes on: starts nothing afterwards, and leaves
+    /// bridge, firewall and what was [released](RunningContainer::release) to the next that opens the runtime
+    /// on this state directory, once this one has been dropped or its process has ended. Without
+    /// [`Feature::Adoption`] this is [`Self::remove_all`].
+    async fn detach(&self) -> Result<(), ReapError> {
+        self.remove_all().await
+    }
 }
 
 /// Everything that a container is started with.
@@ -61,6 +96,9 @@ pub struct Launch {
     pub binds: Vec<Bind>,
     pub limits: Limits,
     pub network: NetworkMode,
+    /// Whether it lives on when this process ends without having ended it, and may be adopted by the next.
+    /// Others (steps of a build) are killed and removed by the next process that opens the runtime.
+    pub outlives_us: bool,
 }
 
 impl Launch {
@@ -80,6 +118,7 @@ impl Launch {
             binds: Vec::new(),
             limits: Limits::default(),
             network: NetworkMode::None,
+            outlives_us: false,
         }
     }
 
@@ -150,6 +189,7 @@ impl fmt::Debug for Launch {
             .field("binds", &self.binds)
             .field("limits", &self.limits)
             .field("network", &self.network)
+            .field("outlives_us", &self.outlives_us)
             .finish()
     }
 }
@@ -235,6 +275,8 @@ pub enum Feature {
     Users,
     /// Ending every process that the container started, also those that detached themselves.
     EndsAllProcesses,
+    /// Containers that outlive the process that started them.
+    Adoption,
 }
 
 impl fmt::Display for Feature {
@@ -247,6 +289,7 @@ impl fmt::Display for Feature {
             Self::OwnNetwork => "a network of its own",
             Self::Users => "another user",
             Self::EndsAllProcesses => "ending processes that detached themselves",
+            Self::Adoption => "containers that outlive the platform's process",
         })
     }
 }
@@ -391,6 +434,8 @@ pub enum ReapError {
     Unmount { path: PathBuf, source: io::Error },
     #[error("process {pid} of {cgroup} did not end within {seconds} s of being killed")]
     StillRunning { pid: i32, cgroup: String, seconds: u64 },
+    #[error("failed to kill process {pid}, which kept container {name:?}")]
+    Keeper { name: String, pid: i32, source: io::Error },
     #[error("failed to remove the network of an earlier run")]
     Network(#[source] NetworkError),
 }

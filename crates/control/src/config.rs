@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ionian_domain::container::RuntimeKind;
+use ionian_domain::worker::WorkerCapacity;
 
 #[derive(Debug, Clone)]
 pub struct ControlConfig {
@@ -26,6 +27,8 @@ pub struct ControlConfig {
     /// An ephemeral app whose client sends no heartbeat for this long is stopped. The client sends one
     /// every 15 s and gives up itself after some failures.
     pub client_heartbeat_timeout: Duration,
+    /// What this host offers to containers.
+    pub capacity: WorkerCapacity,
     pub scheduler: ionian_scheduler::Config,
 }
 

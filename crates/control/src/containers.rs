@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use hmac::{Hmac, KeyInit, Mac};
 use ionian_domain::function::Function;
-use ionian_domain::web::{WebKind, WebTarget};
+use ionian_domain::web::{AnnouncedEndpoint, WebKind, WebTarget};
 use ionian_domain::{AppId, CallId, ContainerId, FunctionId, InputId, Timestamp};
 use parking_lot::{Mutex, RwLock};
 use sha2::Sha256;
@@ -18,13 +18,6 @@ use tokio::sync::Notify;
 /// Cancellations kept for a container whose heartbeat does not fetch them. A container runs at most
 /// some hundreds of inputs, so this is more than can be meaningful.
 const MAX_PENDING_CANCELS: usize = 10_000;
-
-/// One endpoint that a container's web hook announced.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AnnouncedEndpoint {
-    pub method: Option<String>,
-    pub port: u16,
-}
 
 /// A container that was ordered and has not ended.
 #[derive(Debug)]
@@ -150,8 +143,7 @@ impl Containers {
         }
     }
 
-    /// The container's web hook serves these endpoints. Comes before the container is ready.
-    pub fn announce(&self, entry: &ContainerEntry, endpoints: Vec<AnnouncedEndpoint>) {
+    pub(crate) fn announce(&self, entry: &ContainerEntry, endpoints: Vec<AnnouncedEndpoint>) {
         *entry.announced.lock() = endpoints;
     }
 

@@ -12,12 +12,14 @@ use ionian_domain::app::App;
 use ionian_domain::container::{ContainerExit, ContainerSpec, WebHookMode};
 use ionian_domain::environment::Environment;
 use ionian_domain::function::Function;
-use ionian_domain::image::ImageState;
+use ionian_domain::image::{BuiltImage, ImageState};
 use ionian_domain::log::{LogEntry, LogStream};
 use ionian_domain::mount::MountFile;
 use ionian_domain::web::WebKind;
 use ionian_domain::worker::{DesiredContainer, DesiredSet, DesiredState, Generation, WorkerReport};
-use ionian_domain::{ContainerId, ErrorKind, SecretId, Timestamp};
+use ionian_domain::{
+    ContainerId, DefinitionId, ErrorKind, FunctionId, ImageId, SecretId, Timestamp, WorkerId,
+};
 use ionian_scheduler::{DesiredEntry, Event};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -41,9 +43,11 @@ pub struct ArgumentsRequest<'a> {
 /// Encodes the runtime's arguments. Given by `server`.
 pub type ArgumentsFn = Arc<dyn Fn(&Control, &ArgumentsRequest<'_>) -> bytes::Bytes + Send + Sync>;
 
-/// Keeps the worker's desired set in step with the scheduler's entries.
+/// Keeps a worker's desired set in step with the scheduler's entries for it. What the scheduler says first comes
+/// after it has recovered; until then the set has generation 0, by which a worker does nothing.
 pub(crate) async fn run(
     control: Control,
+    worker_id: WorkerId,
     mut entries: watch::Receiver<Vec<DesiredEntry>>,
     desired: watch::Sender<DesiredSet>,
     cancel: CancellationToken,
@@ -60,7 +64,8 @@ pub(crate) async fn run(
         if changed.is_err() {
             return;
         }
-        let wanted = entries.borrow_and_update().clone();
+        let mut wanted = entries.borrow_and_update().clone();
+        wanted.retain(|entry| entry.worker_id == worker_id);
         specs.retain(|id, _| {
             let is_wanted = wanted.iter().any(|entry| entry.container_id == *id);
             if !is_wanted {
@@ -79,22 +84,25 @@ pub(crate) async fn run(
             }
             let spec = match specs.get(&entry.container_id) {
                 Some(spec) => Ok(Arc::clone(spec)),
-                None => match entry.state {
-                    DesiredState::Running => match build_spec(&control, &entry).await {
-                        Ok(prepared) => {
-                            used_secrets.extend(prepared.secrets);
-                            specs.insert(entry.container_id, Arc::clone(&prepared.spec));
-                            Ok(prepared.spec)
+                None => match (entry.state, entry.must_exist) {
+                    // One that outlived the server is stopped as gently as any other.
+                    (DesiredState::Running, _) | (DesiredState::Stopped { .. }, true) => {
+                        match build_spec(&control, &entry).await {
+                            Ok(prepared) => {
+                                used_secrets.extend(prepared.secrets);
+                                specs.insert(entry.container_id, Arc::clone(&prepared.spec));
+                                Ok(prepared.spec)
+                            }
+                            Err(error) => {
+                                report_unprepared(&control, &entry, &error).await;
+                                Err(ContainerExit::StartFailed {
+                                    message: error.to_string(),
+                                })
+                            }
                         }
-                        Err(error) => {
-                            report_unprepared(&control, &entry, &error).await;
-                            Err(ContainerExit::StartFailed {
-                                message: error.to_string(),
-                            })
-                        }
-                    },
+                    }
                     // Given up before any worker heard of it.
-                    DesiredState::Stopped { .. } => Err(ContainerExit::Exited { code: 0 }),
+                    (DesiredState::Stopped { .. }, false) => Err(ContainerExit::Exited { code: 0 }),
                 },
             };
             match spec {
@@ -194,20 +202,25 @@ pub(crate) async fn observe(control: Control, mut reports: mpsc::Receiver<Worker
     }
 }
 
+impl Control {
+    /// A function at a definition: it may have a newer draft, and a container runs the one that was decided on.
+    pub(crate) async fn function_at(&self, function_id: FunctionId, definition_id: DefinitionId) -> Result<Function> {
+        let (_, spec) = self
+            .store()
+            .functions()
+            .find_definition(definition_id)
+            .await?
+            .ok_or_else(|| Error::not_found(format!("definition {definition_id} does not exist")))?;
+        Ok(Function {
+            definition_id,
+            spec,
+            ..self.functions().get(function_id).await?
+        })
+    }
+}
+
 async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared> {
-    let (_, spec) = control
-        .store()
-        .functions()
-        .find_definition(entry.definition_id)
-        .await?
-        .ok_or_else(|| Error::not_found(format!("definition {} does not exist", entry.definition_id)))?;
-    let function = control.functions().get(entry.function_id).await?;
-    // The function may have a newer draft; the container runs the definition that was decided on.
-    let function = Function {
-        definition_id: entry.definition_id,
-        spec,
-        ..function
-    };
+    let function = control.function_at(entry.function_id, entry.definition_id).await?;
     let app = control.apps().get(function.app_id).await?;
     let environment = control.environments().get_by_id(app.environment_id).await?;
     let spec = &function.spec;
@@ -223,6 +236,9 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared>
             )));
         }
     };
+    if entry.must_exist {
+        return Ok(adopted_spec(control, &function, image_id, image));
+    }
     if !spec.volume_mounts.is_empty() {
         return Err(Error::new(
             ErrorKind::Unimplemented,
@@ -316,6 +332,33 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared>
         spec: Arc::new(container),
         secrets,
     })
+}
+
+/// What a worker needs to take back a container that runs already. What a start takes is left out: it may be
+/// gone by now (a secret, a mount), and a worker that does not have the container starts nothing.
+fn adopted_spec(control: &Control, function: &Function, image_id: ImageId, image: BuiltImage) -> Prepared {
+    let spec = &function.spec;
+    let container = ContainerSpec {
+        app_id: function.app_id,
+        function_id: function.id,
+        function_name: spec.name.clone(),
+        runtime: control.config().runtime,
+        image_id,
+        image: Arc::new(image),
+        files: Vec::new(),
+        volumes: spec.volume_mounts.clone(),
+        resources: spec.resources.clone(),
+        secret_env: Vec::new(),
+        platform_env: BTreeMap::new(),
+        arguments: bytes::Bytes::new(),
+        client_version: spec.client_version.clone(),
+        mount_client_dependencies: spec.mount_client_dependencies,
+        web_hook: WebHookMode::Off,
+    };
+    Prepared {
+        spec: Arc::new(container),
+        secrets: Vec::new(),
+    }
 }
 
 /// The request header that carries a container's credential.

@@ -5,6 +5,9 @@ use std::fmt;
 use ionian_domain::ErrorKind;
 use ionian_scheduler::Refusal;
 
+/// What the disk that is full holds is said by whoever knows the data directory.
+pub const DISK_FULL: &str = "the server's disk is full; ask its operator to make room";
+
 /// A refused or failed use case. The message is for the user: it names the thing and says what to do.
 /// Causes that a user cannot act on are kept as the source, for the log.
 #[derive(Debug)]
@@ -81,6 +84,11 @@ impl From<ionian_store::StoreError> for Error {
     fn from(source: ionian_store::StoreError) -> Self {
         match source.kind() {
             ErrorKind::Internal => Self::internal("the server could not use its database", source),
+            ErrorKind::Exhausted => Self {
+                kind: ErrorKind::Exhausted,
+                message: DISK_FULL.to_owned(),
+                source: Some(Box::new(source)),
+            },
             kind => Self {
                 kind,
                 message: source.source.to_string(),

@@ -4,6 +4,7 @@
 //! [`app`]: `control.apps().publish(…)`. Nothing here knows a protobuf type, an SQL statement or a
 //! status code.
 
+mod adoption;
 pub mod app;
 pub mod caller;
 pub mod config;
@@ -18,12 +19,13 @@ pub mod seal;
 mod sessions;
 mod start;
 mod sweep;
+mod trouble;
 pub mod turn_loop;
 pub mod web;
 
 pub use app::images::{BuildFailure, BuildFn, BuildJob};
 pub use caller::Caller;
 pub use config::ControlConfig;
-pub use error::{Error, Result};
+pub use error::{DISK_FULL, Error, Result};
 pub use ionian_scheduler::AttemptReport;
 pub use start::{Control, Parts, StartError, Started};

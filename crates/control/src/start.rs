@@ -11,7 +11,7 @@ use ionian_domain::environment::Environment;
 use ionian_domain::function::Autoscaler;
 use ionian_domain::web::PoolEvent;
 use ionian_domain::worker::{DesiredSet, WorkerReport};
-use ionian_domain::{EnvironmentId, FunctionId, Timestamp};
+use ionian_domain::{EnvironmentId, FunctionId, Timestamp, WorkerId};
 use ionian_scheduler::{Event, Scheduler};
 use ionian_store::Store;
 use parking_lot::Mutex;
@@ -20,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
+use crate::adoption::{self, WebNote};
 use crate::app::builds::Builds;
 use crate::app::calls::{Calls, Consumed};
 use crate::app::images::{Images, PresentFn};
@@ -38,7 +39,8 @@ use crate::error::Error;
 use crate::logs::{LogError, Logs};
 use crate::seal::Sealer;
 use crate::sessions::Heartbeats;
-use crate::turn_loop::{self, TurnHandle};
+use crate::trouble::Trouble;
+use crate::turn_loop::{self, TurnHandle, TurnLoop};
 use crate::web::{DemandReport, DemandSender, RequestLog, RouteTable, WebLink};
 use crate::{BuildFn, ControlConfig, dispatch, notices, sweep};
 
@@ -47,6 +49,9 @@ const POOL_EVENTS: usize = 1024;
 const DEMAND_REPORTS: usize = 1024;
 const WORKER_REPORTS: usize = 1024;
 const NOTICES: usize = 256;
+/// Announcements of web containers that wait to be noted. Each is a start of a container, of which a host
+/// makes some dozens per second at most.
+const WEB_NOTES: usize = 1024;
 
 /// What control is made of.
 pub struct Parts {
@@ -102,6 +107,7 @@ struct Inner {
     containers: Containers,
     data_channels: DataChannels,
     snapshot: watch::Receiver<ContainersSnapshot>,
+    web_notes: mpsc::Sender<WebNote>,
     logs: Logs,
     builds: Builds,
     /// These three are held while the database is read and written, and for nothing that takes longer.
@@ -135,7 +141,8 @@ impl std::fmt::Debug for Control {
 impl Control {
     /// Recovers the recorded state and starts the tasks. They end with `parts.cancel`.
     pub async fn start(parts: Parts) -> Result<Started, StartError> {
-        let (turn, messages) = TurnHandle::channel();
+        let trouble = Trouble::new(&parts.config.data_dir);
+        let (turn, messages) = TurnHandle::channel(trouble.clone());
         let (pool_events, pool) = mpsc::channel::<PoolEvent>(POOL_EVENTS);
         let (demand_sender, demand) = mpsc::channel::<DemandReport>(DEMAND_REPORTS);
         let (entries_sender, entries) = watch::channel(Vec::new());
@@ -143,6 +150,7 @@ impl Control {
         let (snapshot_sender, snapshot) = watch::channel(ContainersSnapshot::default());
         let (reports, incoming_reports) = mpsc::channel(WORKER_REPORTS);
         let (notices, incoming_notices) = mpsc::channel(NOTICES);
+        let (web_notes, incoming_web_notes) = mpsc::channel(WEB_NOTES);
         let (requests, served) = RequestLog::channel();
         let (routes, routes_receiver) = watch::channel(Arc::new(RouteTable::default()));
         let logs = Logs::open(parts.config.data_dir.join("logs"))?;
@@ -176,6 +184,7 @@ impl Control {
                 containers,
                 data_channels: data_channels.clone(),
                 snapshot,
+                web_notes,
                 logs,
                 builds: Builds::new(build_logs),
                 images_turn: tokio::sync::Mutex::default(),
@@ -190,26 +199,33 @@ impl Control {
                 cancel: parts.cancel.clone(),
             }),
         };
+        let worker_id = control.embedded_worker().await?;
         let mut essential = JoinSet::new();
         essential.spawn(turn_loop::run(
-            scheduler,
-            parts.store,
-            effects,
+            TurnLoop {
+                scheduler,
+                store: parts.store,
+                effects,
+                trouble,
+                embedded_worker: worker_id,
+            },
             messages,
             parts.cancel.clone(),
         ));
         essential.spawn(dispatch::run(
             control.clone(),
+            worker_id,
             entries,
             desired_sender,
             parts.cancel.clone(),
         ));
         essential.spawn(dispatch::observe(control.clone(), incoming_reports));
         essential.spawn(notices::write(control.clone(), incoming_notices));
+        essential.spawn(adoption::write_web_notes(control.clone(), incoming_web_notes));
         essential.spawn(pass_demand_on(control.clone(), demand));
         essential.spawn(notices::write_requests(control.clone(), served));
         control.ensure_default_environment().await?;
-        control.recover().await?;
+        control.recover(worker_id).await?;
         essential.spawn(sweep::run_short(control.clone(), parts.cancel.clone()));
         essential.spawn(sweep::run_long(control.clone(), parts.cancel));
         let web = WebLink {
@@ -242,8 +258,9 @@ impl Control {
         Ok(())
     }
 
-    /// Announces live apps, then folds the recorded calls and inputs.
-    async fn recover(&self) -> Result<(), Error> {
+    /// Announces live apps, folds the recorded calls, inputs and containers, and then says that the worker is
+    /// there: the first desired set comes after that.
+    async fn recover(&self, worker_id: WorkerId) -> Result<(), Error> {
         for app in self.store().apps().list_all_live().await? {
             match app.state {
                 AppState::Initializing | AppState::Ephemeral => self.heartbeats().touch(app.id),
@@ -253,11 +270,19 @@ impl Control {
                 self.activate(&app).await?;
             }
         }
-        let recovered = self.store().calls().load_pending().await?;
-        let (calls, inputs) = (recovered.calls.len(), recovered.inputs.len());
+        let mut recovered = self.store().calls().load_pending().await?;
+        let interrupted = self.restore_containers(&mut recovered).await?;
+        let (calls, inputs, containers) = (
+            recovered.calls.len(),
+            recovered.inputs.len(),
+            recovered.containers.len(),
+        );
         self.turn().tell(Event::Recovered(recovered)).await?;
+        self.begin_anew(interrupted).await?;
+        let capacity = self.config().capacity;
+        self.turn().tell(Event::WorkerConnected { worker_id, capacity }).await?;
         self.republish_routes().await?;
-        tracing::info!(calls, inputs, "recorded state restored");
+        tracing::info!(calls, inputs, containers, worker = %worker_id, "recorded state restored");
         Ok(())
     }
 
@@ -363,6 +388,10 @@ impl Control {
 
     pub(crate) fn store(&self) -> &Store {
         &self.inner.store
+    }
+
+    pub(crate) fn web_notes(&self) -> &mpsc::Sender<WebNote> {
+        &self.inner.web_notes
     }
 
     pub(crate) fn turn(&self) -> &TurnHandle {

@@ -8,14 +8,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use ionian_domain::{ContainerId, ErrorKind, Timestamp};
+use ionian_domain::record::Write;
+use ionian_domain::{ContainerId, ErrorKind, Timestamp, WorkerId};
 use ionian_scheduler::{Delivery, Event, PollId, Refusal, Reply, ReplyId, Scheduler, Turn};
 use ionian_store::Store;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::effects::Effects;
 use crate::error::{Error, Result};
+use crate::trouble::Trouble;
 
 /// Events that wait for a turn. Senders wait beyond it, which slows callers instead of growing memory.
 const QUEUED_EVENTS: usize = 4096;
@@ -23,6 +26,10 @@ const QUEUED_EVENTS: usize = 4096;
 const EVENTS_PER_TURN: usize = 512;
 /// Pause before a failed commit is tried again. Callers wait; nothing is acknowledged meanwhile.
 const COMMIT_RETRY: Duration = Duration::from_millis(500);
+/// How often the scheduler hears of the worker in this process, which lives as long as the loop does. Said
+/// with a turn that happens anyway, so that a process which was stopped for long (SIGSTOP, a suspended
+/// machine) does not take its own worker for one that is gone.
+const WORKER_HEARD_PERIOD: Duration = Duration::from_secs(5);
 
 /// What a container's poll is answered with.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +51,7 @@ enum Message {
 pub struct TurnHandle {
     sender: mpsc::Sender<Message>,
     next: Arc<AtomicU64>,
+    trouble: Trouble,
 }
 
 /// An outstanding poll. Dropping it tells the scheduler that nobody waits any more.
@@ -143,12 +151,13 @@ impl Drop for DeliveryGuard {
 }
 
 impl TurnHandle {
-    pub(crate) fn channel() -> (Self, TurnReceiver) {
+    pub(crate) fn channel(trouble: Trouble) -> (Self, TurnReceiver) {
         let (sender, receiver) = mpsc::channel(QUEUED_EVENTS);
         (
             Self {
                 sender,
                 next: Arc::new(AtomicU64::new(1)),
+                trouble,
             },
             TurnReceiver(receiver),
         )
@@ -166,13 +175,21 @@ impl TurnHandle {
             .map_err(|_| shutting_down())
     }
 
-    /// Asks for something and waits until it is recorded.
+    /// Asks for something and waits until it is recorded, or until it is clear that this takes long.
     pub async fn ask(&self, event: impl FnOnce(ReplyId) -> Event) -> Result<()> {
+        self.trouble.check()?;
         let reply = ReplyId(self.draw());
         let (sender, receiver) = oneshot::channel();
         let message = Message::Asked(event(reply), reply, sender);
-        self.sender.send(message).await.map_err(|_| shutting_down())?;
-        receiver.await.map_err(|_| shutting_down())?.map_err(Error::from)
+        let answered = async {
+            self.sender.send(message).await.map_err(|_| shutting_down())?;
+            receiver.await.map_err(|_| shutting_down())?.map_err(Error::from)
+        };
+        tokio::select! {
+            biased;
+            answered = answered => answered,
+            trouble = self.trouble.lasts() => Err(trouble),
+        }
     }
 
     /// Opens a container's poll for inputs.
@@ -233,14 +250,28 @@ fn lost(container_id: ContainerId, inputs: &[Delivery]) -> Event {
     }
 }
 
+/// What the loop works with.
+pub(crate) struct TurnLoop {
+    pub scheduler: Scheduler,
+    pub store: Store,
+    pub effects: Effects,
+    pub trouble: Trouble,
+    pub embedded_worker: WorkerId,
+}
+
 /// Runs turns until cancelled and drained.
 pub(crate) async fn run(
-    mut scheduler: Scheduler,
-    store: Store,
-    effects: Effects,
+    TurnLoop {
+        mut scheduler,
+        store,
+        effects,
+        trouble,
+        embedded_worker,
+    }: TurnLoop,
     TurnReceiver(mut messages): TurnReceiver,
     cancel: CancellationToken,
 ) {
+    let mut worker_heard = Instant::now();
     let mut replies: HashMap<ReplyId, oneshot::Sender<Result<(), Refusal>>> = HashMap::new();
     let mut polls: Polls = HashMap::new();
     // Deliveries of the last turn whose receivers were gone; the next turn takes them back.
@@ -265,6 +296,12 @@ pub(crate) async fn run(
             return;
         }
         let mut events = std::mem::take(&mut undelivered);
+        if worker_heard.elapsed() >= WORKER_HEARD_PERIOD {
+            worker_heard = Instant::now();
+            events.push(Event::WorkerHeard {
+                worker_id: embedded_worker,
+            });
+        }
         let mut inspections = Vec::new();
         for message in batch.drain(..) {
             match message {
@@ -298,7 +335,7 @@ pub(crate) async fn run(
             wake_at: next,
         } = turn;
         wake_at = next;
-        if !commit(&store, writes, &cancel).await {
+        if !commit(&store, writes, &trouble, &cancel).await {
             return;
         }
         for answer in answers {
@@ -315,15 +352,14 @@ pub(crate) async fn run(
 }
 
 /// Commits, however long the disk takes. Until then nothing of this turn leaves the process.
-async fn commit(store: &Store, writes: Vec<ionian_domain::record::Write>, cancel: &CancellationToken) -> bool {
+async fn commit(store: &Store, writes: Vec<Write>, trouble: &Trouble, cancel: &CancellationToken) -> bool {
     if writes.is_empty() {
         return true;
     }
-    let mut reported = false;
     loop {
         match store.calls().commit(writes.clone(), &[]).await {
             Ok(()) => {
-                if reported {
+                if trouble.end() {
                     tracing::info!("the database takes writes again");
                 }
                 return true;
@@ -334,12 +370,11 @@ async fn commit(store: &Store, writes: Vec<ionian_domain::record::Write>, cancel
                 panic!("a turn contradicts what is recorded: {error}: {:?}", error.source);
             }
             Err(error) => {
-                if !reported {
+                if trouble.begin(error.kind() == ErrorKind::Exhausted) {
                     tracing::error!(
                         error = &error as &dyn std::error::Error,
-                        "a turn could not be committed; retrying"
+                        "a turn could not be recorded; nothing is acknowledged until it is, and it is tried again"
                     );
-                    reported = true;
                 }
                 tokio::select! {
                     () = cancel.cancelled() => return false,

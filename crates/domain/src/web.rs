@@ -31,6 +31,14 @@ pub struct WebSpec {
     pub startup_timeout: Duration,
 }
 
+/// One endpoint that a container's web hook announced: a web method (`None` for functions) and the port of
+/// the container on which it is served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedEndpoint {
+    pub method: Option<String>,
+    pub port: u16,
+}
+
 /// One endpoint that the ingress can reach.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {

@@ -8,7 +8,7 @@ use ionian_domain::record::Write;
 use ionian_domain::{ContainerId, FunctionId, InputId, Outcome, Timestamp};
 
 use crate::breaks::Break;
-use crate::event::{AttemptReport, ReplyId};
+use crate::event::{AttemptReport, Refusal, ReplyId};
 use crate::state::{InputState, State};
 use crate::turn::{Command, Reply, Turn};
 
@@ -30,6 +30,13 @@ impl State {
         reply: ReplyId,
         turn: &mut Turn,
     ) {
+        let is_fenced = !self.containers.contains_key(&container_id);
+        if is_fenced && !self.is_broken(Break::AnswersTheFenced) {
+            // It ended, or its worker was given up: whatever it ran was decided then, or runs elsewhere.
+            self.refuse(reply, Refusal::UnknownContainer, turn);
+            return;
+        }
+        self.adopted_reports(container_id, &outputs);
         for report in outputs {
             if let Some(container) = self.containers.get_mut(&container_id)
                 && let Some(running) = container.running.get(&report.input_id)

@@ -50,6 +50,28 @@ pub(crate) enum Break {
     LeavesCallsOpen,
     /// A container that does not start, or does not end, is left alone.
     IgnoresHangingContainers,
+    /// A worker that is silent is waited for.
+    WaitsForSilentWorkers,
+    /// A worker is given up although it was heard.
+    IgnoresSignsOfLife,
+    /// New containers go to workers that were given up.
+    PlacesOnSilentWorkers,
+    /// The reports of containers that were given up are taken as if nothing had happened.
+    AnswersTheFenced,
+    /// A worker is not told that a container must exist, and starts it again.
+    ForgetsSightings,
+    /// Containers start before it is known what runs.
+    StartsBeforeRecovery,
+    /// A container that outlived the server is not recovered.
+    ForgetsSurvivors,
+    /// A container that outlived the server is recovered without what it runs.
+    ForgetsWhatSurvivorsRun,
+    /// The last delivery before a restart is taken to have arrived.
+    TrustsTheLastDelivery,
+    /// Web containers that outlived the server get requests before it is known where they are.
+    ServesUnseenWebContainers,
+    /// Containers of an older definition, or of functions that are gone, go on after a restart.
+    KeepsOutdatedSurvivors,
 }
 
 impl State {

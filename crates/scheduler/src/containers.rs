@@ -17,7 +17,7 @@ impl State {
         let Some(container) = self.containers.get_mut(&container_id) else {
             return;
         };
-        if !matches!(container.phase, Phase::Starting { .. }) {
+        if !matches!(container.phase, Phase::Starting { .. }) || container.awaits_worker() {
             return;
         }
         container.phase = Phase::Ready;
@@ -36,8 +36,19 @@ impl State {
         self.dirty.insert(function_id);
     }
 
+    /// Notes that the container exists: from now on a worker that does not have it has lost it.
+    pub(crate) fn container_seen(&mut self, now: Timestamp, container_id: ContainerId, turn: &mut Turn) {
+        if let Some(container) = self.containers.get_mut(&container_id)
+            && container.seen_at.is_none()
+        {
+            container.seen_at = Some(now);
+            turn.desired_changed = true;
+        }
+    }
+
     /// `@app.server` containers never poll, neither for work nor for their kill switch.
     pub(crate) fn server_ready(&mut self, now: Timestamp, container_id: ContainerId, turn: &mut Turn) {
+        self.container_seen(now, container_id, turn);
         if let Some(container) = self.containers.get_mut(&container_id) {
             container.never_polls = true;
         }
@@ -71,12 +82,13 @@ impl State {
             return;
         };
         match container.phase {
-            Phase::Starting { .. } => {
+            Phase::Starting { .. } if container.adopted.is_none() => {
                 // Nothing runs on it yet: no reason to wait.
                 self.stop_now(now, container_id, reason, turn);
                 return;
             }
-            Phase::Ready => {}
+            // One that outlived the server may have been ready long ago: its exit hooks run.
+            Phase::Starting { .. } | Phase::Ready => {}
             Phase::Draining { .. } | Phase::Stopping { .. } => return,
         }
         let timeout = self
@@ -86,7 +98,7 @@ impl State {
         let busy = if container.is_empty() { Duration::ZERO } else { timeout };
         // The ingress may have given it a request that its last report did not show: its next report,
         // which draining provokes, decides.
-        let awaits_ingress = container.is_web;
+        let awaits_ingress = container.is_web && container.ready_at.is_some();
         let deadline = now + busy + self.config.drain_grace;
         container.phase = Phase::Draining {
             reason,
@@ -94,7 +106,7 @@ impl State {
             awaits_ingress,
         };
         self.dirty.insert(container.function_id);
-        if container.is_web {
+        if awaits_ingress {
             turn.commands.push(Command::WebDraining {
                 function_id: container.function_id,
                 container_id,
@@ -191,7 +203,12 @@ impl State {
             container.phase_deadline().is_some_and(|deadline| deadline <= now)
         });
         for container_id in due {
-            match self.containers[&container_id].phase {
+            let container = &self.containers[&container_id];
+            match container.phase {
+                // It may have been ready before the server restarted: its silence says nothing about the next.
+                Phase::Starting { .. } if container.adopted.is_some() => {
+                    self.stop_now(now, container_id, StopReason::TimedOut, turn);
+                }
                 Phase::Starting { .. } => {
                     let sentence = format!(
                         "the container was not ready after its startup timeout of {startup_timeout}s; \

@@ -52,6 +52,7 @@ impl Container {
 impl State {
     /// Handles everything whose time has come.
     pub(crate) fn expire(&mut self, now: Timestamp, turn: &mut Turn) {
+        self.expire_workers(now, turn);
         let due: Vec<FunctionId> = self
             .deadlines
             .iter()
@@ -118,6 +119,9 @@ impl State {
     pub(crate) fn next_wake(&self, now: Timestamp) -> Option<Timestamp> {
         let pools = self.deadlines.first().map(|(at, _)| *at);
         let calls = self.quiet_calls.first().map(|(heard, _)| *heard + FINISHED_CALL_MEMORY);
-        [pools, calls, self.next_start(now)].into_iter().flatten().min()
+        [pools, calls, self.next_start(now), self.next_silence()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 }

@@ -47,11 +47,14 @@ impl State {
         max_inputs: u32,
         turn: &mut Turn,
     ) {
-        let Some(container) = self.containers.get_mut(&container_id) else {
+        if !self.containers.contains_key(&container_id) {
             // It was given up while this poll travelled: it must end.
             turn.replies.push(Reply::KillSwitch { poll });
             return;
-        };
+        }
+        self.adopted_polls(now, container_id, turn);
+        self.container_seen(now, container_id, turn);
+        let container = self.containers.get_mut(&container_id).expect("it was just seen");
         container.silent_since = None;
         self.dirty.insert(container.function_id);
         if let Some((superseded, _)) = container.poll.replace((poll, max_inputs.max(1))) {
@@ -165,6 +168,7 @@ impl State {
                 attempt: input.attempt,
                 deadline,
                 abandoned_until: None,
+                is_doubtful: false,
             };
             container.running.insert(input_id, running);
             turn.writes.push(Write::InputStarted {

@@ -67,7 +67,8 @@ pub enum Refusal {
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
-    /// Sent once, before anything else: what was recorded before a restart.
+    /// Sent once, after the functions that may run were activated: what was recorded before a restart. Until
+    /// then nothing starts, ends or expires, and whoever asks for something waits.
     Recovered(Recovered),
     /// A function may run from now on, or runs with other settings. A changed definition replaces the
     /// function's containers.
@@ -104,9 +105,7 @@ pub enum Event {
         reply: ReplyId,
     },
     /// The caller has read every output of a synchronous call.
-    CallConsumed {
-        call_id: CallId,
-    },
+    CallConsumed { call_id: CallId },
 
     /// A container asks for inputs. Its first poll says that it is ready.
     PollStarted {
@@ -115,19 +114,14 @@ pub enum Event {
         max_inputs: u32,
     },
     /// The poll's connection is gone or its hold is over.
-    PollDropped {
-        container_id: ContainerId,
-        poll: PollId,
-    },
+    PollDropped { container_id: ContainerId, poll: PollId },
     /// Inputs were handed to a poll whose connection was gone: the container never saw them.
     DeliveryLost {
         container_id: ContainerId,
         inputs: Vec<InputId>,
     },
     /// `@app.server` containers never poll; they say that they are ready.
-    ServerReady {
-        container_id: ContainerId,
-    },
+    ServerReady { container_id: ContainerId },
     OutputsReported {
         container_id: ContainerId,
         outputs: Vec<AttemptReport>,
@@ -145,18 +139,16 @@ pub enum Event {
         reply: ReplyId,
     },
 
-    /// A worker is there, for the first time or again. It may have other resources than before.
+    /// A worker is there, for the first time or again. It may have other resources than before. Nothing
+    /// starts on a worker that has not connected to this process.
     WorkerConnected {
         worker_id: WorkerId,
         capacity: WorkerCapacity,
     },
-    /// A sign of life.
-    WorkerHeard {
-        worker_id: WorkerId,
-    },
-    WorkerStarted {
-        container_id: ContainerId,
-    },
+    /// A sign of life. Due well within `Config::worker_silence`, from an embedded worker too.
+    WorkerHeard { worker_id: WorkerId },
+    /// The container's process runs; its address is known. Told again after a restart of either side.
+    WorkerStarted { container_id: ContainerId },
     WorkerExited {
         container_id: ContainerId,
         exit: ContainerExit,

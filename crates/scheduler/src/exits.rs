@@ -31,7 +31,7 @@ pub(crate) enum SetupFailure {
     Code,
     /// Of the platform: the next one may succeed.
     Platform,
-    /// The worker restarted under it.
+    /// The worker lost it, or the server was away: nobody knows why it ended.
     Lost,
 }
 
@@ -164,6 +164,20 @@ impl State {
     ) {
         // An exit is repeated until the desired set no longer names its container.
         turn.desired_changed = true;
+        if let Some(container) = self.containers.get(&container_id) {
+            self.worker_heard(now, container.worker_id, turn);
+        }
+        self.container_ended(now, container_id, exit, turn);
+    }
+
+    /// Decides what becomes of what a container ran, and of its function.
+    pub(crate) fn container_ended(
+        &mut self,
+        now: Timestamp,
+        container_id: ContainerId,
+        exit: &ContainerExit,
+        turn: &mut Turn,
+    ) {
         let Some(container) = self.containers.remove(&container_id) else {
             return;
         };
@@ -225,6 +239,10 @@ impl State {
             Phase::Stopping { .. } => return false,
             Phase::Starting { .. } | Phase::Ready | Phase::Draining { .. } => {}
         }
+        if container.is_unheard() {
+            // It may have given up waiting for the server, or have ended while nobody listened.
+            return false;
+        }
         if container.is_letting_go() {
             // The runtime cancels a synchronous input of a concurrent function by ending its process,
             // and the other inputs with it.
@@ -253,6 +271,10 @@ impl State {
         match (container.phase, container.ready_at) {
             (Phase::Starting { .. }, _) | (Phase::Ready, None) => {
                 let (failure, status, message) = match exit {
+                    // It may have been ready before the server restarted.
+                    _ if container.adopted.is_some() => {
+                        (SetupFailure::Lost, OutcomeStatus::InternalFailure, exit.to_string())
+                    }
                     ContainerExit::Lost => (SetupFailure::Lost, OutcomeStatus::InternalFailure, exit.to_string()),
                     ContainerExit::StartFailed { .. } => {
                         (SetupFailure::Platform, OutcomeStatus::InternalFailure, exit.to_string())
@@ -267,7 +289,7 @@ impl State {
                 self.setup_failed(now, function_id, container_id, &failure, &outcome, turn);
             }
             (Phase::Ready, Some(ready_at)) => {
-                let was_useless = !container.has_served && container.running.is_empty();
+                let was_useless = !container.has_served && container.running.is_empty() && container.adopted.is_none();
                 if was_useless && *exit != ContainerExit::Lost && now.since(ready_at) < STABLE_AFTER {
                     self.start_failed(now, function_id, turn);
                 }

@@ -13,7 +13,7 @@
 //! Every event changes facts and marks the pools that it touched. Then what is due expires. Then each
 //! marked pool is reconciled once, however many events touched it: inputs go to containers that ask for
 //! them (`delivery`), the size that the pool should have is compared with what it has (`pools`), and
-//! pools that want more stand in line for the machine (`placement`). Last, the pool's next deadline is
+//! pools that want more stand in line for a machine (`placement`). Last, the pool's next deadline is
 //! filed (`deadlines`). So a turn costs time for what it touched, not for what exists.
 //!
 //! # Who owns a waiting thing, and until when
@@ -28,6 +28,8 @@
 //! | container draining | its last input, then its kill switch | its deadline, then it is stopped |
 //! | container stopping | its exit | the worker's: SIGKILL after the grace time |
 //! | pool in line | room, or a start that is over | what holds the room: the rows above |
+//! | worker that is not heard | a sign of life | `Config::worker_silence`, then its containers are lost |
+//! | event before `Recovered` | recovery | `EARLY_EVENTS`, since nobody is served before it |
 //! | open call without inputs | its client | `FINISHED_CALL_MEMORY`, then it is closed |
 //!
 //! # Invariants
@@ -38,6 +40,7 @@
 //! recovered state equals live state; no container beyond its slots, no pool beyond its maximum, no
 //! machine beyond its resources; when faults stop, everything finishes and idle pools reach their minimum.
 
+mod adoption;
 mod attempts;
 mod breaks;
 mod calls;
@@ -53,6 +56,7 @@ mod state;
 mod turn;
 mod views;
 mod web;
+mod workers;
 
 #[cfg(test)]
 mod tests;
@@ -67,16 +71,9 @@ use ionian_domain::{ContainerId, Timestamp};
 
 use state::State;
 
-/// Limits of the machine and of the platform.
-#[derive(Debug, Clone)]
+/// Limits of the platform. Those of a machine come with its worker.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// CPU that containers may ask for in total, in thousandths of a core.
-    pub cpu_millis: u32,
-    pub memory_mib: u32,
-    /// Containers that may be in the first seconds of their start at the same time: importing Python is
-    /// CPU-bound, so more than the machine has cores only makes all of them late. A start that takes
-    /// longer than `placement::START_BURST` waits for something else, and no longer counts.
-    pub max_starting: u32,
     /// Inputs that may wait for one function. Beyond it callers are told to slow down.
     pub max_queued_inputs: usize,
     /// How long a container has to end by itself after its kill switch.
@@ -85,19 +82,21 @@ pub struct Config {
     pub stop_grace: Duration,
     /// How long a cancelled input may go on before its container is killed.
     pub cancel_grace: Duration,
+    /// How long nothing may be heard of a worker before its containers count as lost.
+    pub worker_silence: Duration,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
-            cpu_millis: 2_000,
-            memory_mib: 8_192,
-            max_starting: 2,
             max_queued_inputs: 100_000,
             // The official runtime runs exit hooks and commits volumes in this time.
             drain_grace: Duration::from_secs(30),
             stop_grace: Duration::from_secs(10),
             cancel_grace: Duration::from_secs(10),
+            // Longer than a worker takes to restart or a switch to come back; as long as callers of a dead
+            // machine wait before their inputs run elsewhere.
+            worker_silence: Duration::from_secs(30),
         }
     }
 }
@@ -119,7 +118,11 @@ impl Scheduler {
     pub fn handle(&mut self, now: Timestamp, events: Vec<Event>, fresh: &mut dyn FnMut() -> ContainerId) -> Turn {
         let mut turn = Turn::default();
         for event in events {
-            self.state.apply(now, event, &mut turn);
+            self.state.take(now, event, &mut turn);
+        }
+        if !self.state.is_recovered && !self.state.is_broken(breaks::Break::StartsBeforeRecovery) {
+            // What ran before is not known: what would be decided now could contradict it.
+            return turn;
         }
         self.state.expire(now, &mut turn);
         self.state.reconcile(now, &mut turn, fresh);
@@ -127,7 +130,7 @@ impl Scheduler {
         turn
     }
 
-    /// What should exist on the worker, in id order.
+    /// What should exist on all workers, in the order of the containers' ids.
     pub fn desired(&self) -> Vec<DesiredEntry> {
         self.state.desired()
     }

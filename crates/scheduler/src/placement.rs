@@ -1,23 +1,28 @@
 //! Placement: which pool's container starts next, and what makes room for it.
 //!
 //! Pools that want more containers than they have stand in line. Each turn gives one container to each
-//! pool in turn, first come first served, until the machine is full. A pool whose container does not fit
+//! pool in turn, first come first served, until the machines are full. A pool whose container does not fit
 //! lets those behind it pass: a container may wait for the result of a function that stands behind, so
 //! holding the line could hold everything.
+//!
+//! A container goes to the worker with the most free CPU, then memory, then the first by id. Only workers
+//! that connected to this process and are heard count; where there is none, all pools wait in line.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use ionian_domain::container::StopReason;
 use ionian_domain::record::Write;
-use ionian_domain::{ContainerId, FunctionId, Timestamp};
+use ionian_domain::worker::WorkerCapacity;
+use ionian_domain::{ContainerId, FunctionId, Timestamp, WorkerId};
 
 use crate::breaks::Break;
 use crate::event::PoolSettings;
 use crate::state::{Container, Phase, State};
 use crate::turn::Turn;
 
-/// A start counts against `Config::max_starting` for this long. Importing takes a fraction of a second;
+/// A start counts against its worker's `max_starting` for this long. Importing takes a fraction of a second;
 /// what takes longer waits for a download or fills a GPU, and two such starts must not keep all other
 /// functions from starting for as long as they take.
 pub(crate) const START_BURST: Duration = Duration::from_secs(5);
@@ -64,6 +69,72 @@ impl Amount {
     }
 }
 
+/// A worker that takes containers, and what is left of it.
+#[derive(Debug, Clone, Copy)]
+struct Machine {
+    worker_id: WorkerId,
+    capacity: WorkerCapacity,
+    used: Amount,
+    /// Containers in the first seconds of their start.
+    starting: u32,
+}
+
+impl Machine {
+    fn takes_starts(&self) -> bool {
+        // A worker on which nothing may start would be none.
+        self.starting < self.capacity.max_starting.max(1)
+    }
+
+    fn holds(&self, asked: Amount) -> bool {
+        asked.cpu_millis <= u64::from(self.capacity.cpu_millis)
+            && asked.memory_mib <= u64::from(self.capacity.memory_mib)
+    }
+
+    /// Whether there is room for one more container. What asks for more than any whole machine gets a whole
+    /// machine: it starts where nothing else runs.
+    fn has_room(&self, asked: Amount, is_oversized: bool) -> bool {
+        if is_oversized {
+            self.used.containers == 0
+        } else {
+            self.holds(self.used.plus(asked))
+        }
+    }
+
+    /// Free CPU, then free memory.
+    fn free(&self) -> (u64, u64) {
+        (
+            u64::from(self.capacity.cpu_millis).saturating_sub(self.used.cpu_millis),
+            u64::from(self.capacity.memory_mib).saturating_sub(self.used.memory_mib),
+        )
+    }
+}
+
+/// Idle containers, longest idle first, and how many of each function's may end.
+#[derive(Debug, Default)]
+struct Spare {
+    idle: Vec<(Timestamp, ContainerId)>,
+    most: BTreeMap<FunctionId, u32>,
+}
+
+impl Spare {
+    fn take(&mut self, victims: &[ContainerId], function_of: impl Fn(ContainerId) -> FunctionId) {
+        self.idle.retain(|(_, id)| !victims.contains(id));
+        for victim in victims {
+            if let Some(left) = self.most.get_mut(&function_of(*victim)) {
+                *left = left.saturating_sub(1);
+            }
+        }
+    }
+}
+
+/// Where a container may start.
+enum Placement {
+    On(usize),
+    /// There is room, where too much starts at the moment.
+    AwaitsStarts,
+    NoRoom,
+}
+
 impl State {
     pub(crate) fn join_line(&mut self, function_id: FunctionId) {
         let Some(pool) = self.pools.get_mut(&function_id) else {
@@ -87,12 +158,7 @@ impl State {
         if self.line.is_empty() {
             return;
         }
-        let mut used = Amount::default();
-        let mut starting = 0;
-        for container in self.containers.values() {
-            used = used.plus(Amount::held_by(container));
-            starting += u32::from(Self::burst_ends(now, container).is_some());
-        }
+        let mut machines = self.machines(now);
         let mut line: VecDeque<(FunctionId, u32)> = self
             .line
             .values()
@@ -101,21 +167,24 @@ impl State {
             .collect();
         let mut without_room = Vec::new();
         while let Some((function_id, missing)) = line.pop_front() {
-            if starting >= self.config.max_starting && !self.is_broken(Break::IgnoresStartLimit) {
+            if !machines.iter().any(Machine::takes_starts) && !self.is_broken(Break::IgnoresStartLimit) {
                 break;
             }
             let asked = Amount::asked_by(&self.pools[&function_id].settings);
-            if !self.fits(used, asked) && !self.is_broken(Break::IgnoresRoom) {
-                without_room.push(function_id);
-                continue;
-            }
-            self.start_container(now, function_id, fresh(), turn);
-            used = used.plus(asked);
-            starting += 1;
-            self.leave_line(function_id);
-            if missing > 1 {
-                self.join_line(function_id);
-                line.push_back((function_id, missing - 1));
+            match self.place(&machines, asked) {
+                Placement::On(index) => {
+                    let machine = &mut machines[index];
+                    self.start_container(now, function_id, fresh(), machine.worker_id, turn);
+                    machine.used = machine.used.plus(asked);
+                    machine.starting += 1;
+                    self.leave_line(function_id);
+                    if missing > 1 {
+                        self.join_line(function_id);
+                        line.push_back((function_id, missing - 1));
+                    }
+                }
+                Placement::AwaitsStarts => {}
+                Placement::NoRoom => without_room.push(function_id),
             }
         }
         if self.is_broken(Break::ForgetsTheLine) {
@@ -123,22 +192,75 @@ impl State {
                 self.leave_line(*function_id);
             }
         }
-        self.make_room(now, used, &without_room, turn);
+        self.make_room(now, machines, &without_room, turn);
     }
 
-    fn start_container(&mut self, now: Timestamp, function_id: FunctionId, container_id: ContainerId, turn: &mut Turn) {
+    /// Workers that take containers, in the order of their ids.
+    fn machines(&self, now: Timestamp) -> Vec<Machine> {
+        let mut used: BTreeMap<WorkerId, (Amount, u32)> = BTreeMap::new();
+        for container in self.containers.values() {
+            let (amount, starting) = used.entry(container.worker_id).or_default();
+            *amount = amount.plus(Amount::held_by(container));
+            *starting += u32::from(Self::burst_ends(now, container).is_some());
+        }
+        self.workers
+            .iter()
+            .filter(|(_, worker)| !worker.is_silent || self.is_broken(Break::PlacesOnSilentWorkers))
+            .filter_map(|(id, worker)| {
+                let (used, starting) = used.get(id).copied().unwrap_or_default();
+                worker.capacity.map(|capacity| Machine {
+                    worker_id: *id,
+                    capacity,
+                    used,
+                    starting,
+                })
+            })
+            .collect()
+    }
+
+    fn place(&self, machines: &[Machine], asked: Amount) -> Placement {
+        let is_oversized = !machines.iter().any(|machine| machine.holds(asked));
+        let ignores_room = self.is_broken(Break::IgnoresRoom);
+        let ignores_starts = self.is_broken(Break::IgnoresStartLimit);
+        let mut with_room: Vec<(usize, &Machine)> = machines
+            .iter()
+            .enumerate()
+            .filter(|(_, machine)| machine.has_room(asked, is_oversized) || ignores_room)
+            .collect();
+        if with_room.is_empty() {
+            return Placement::NoRoom;
+        }
+        with_room.retain(|(_, machine)| machine.takes_starts() || ignores_starts);
+        let freest = with_room
+            .into_iter()
+            .min_by_key(|(_, machine)| (Reverse(machine.free()), machine.worker_id));
+        match freest {
+            Some((index, _)) => Placement::On(index),
+            None => Placement::AwaitsStarts,
+        }
+    }
+
+    fn start_container(
+        &mut self,
+        now: Timestamp,
+        function_id: FunctionId,
+        container_id: ContainerId,
+        worker_id: WorkerId,
+        turn: &mut Turn,
+    ) {
         let pool = self.pools.get_mut(&function_id).expect("a pool in line exists");
         let settings = &pool.settings;
         turn.desired_changed = true;
         turn.writes.push(Write::ContainerCreated {
             container_id,
-            worker_id: self.worker,
+            worker_id,
             app_id: settings.app_id,
             function_id,
             definition_id: settings.definition_id,
             at: now,
         });
         let container = Container {
+            worker_id,
             app_id: settings.app_id,
             function_id,
             definition_id: settings.definition_id,
@@ -146,7 +268,7 @@ impl State {
                 deadline: now + settings.startup_timeout,
             },
             created_at: now,
-            running: std::collections::BTreeMap::new(),
+            running: BTreeMap::new(),
             poll: None,
             silent_since: None,
             idle_since: None,
@@ -155,6 +277,8 @@ impl State {
             has_served: false,
             never_polls: false,
             is_web: settings.is_web,
+            seen_at: None,
+            adopted: None,
             cpu_millis: settings.cpu_millis,
             memory_mib: settings.memory_mib,
         };
@@ -164,59 +288,93 @@ impl State {
         self.dirty.insert(function_id);
     }
 
-    /// Whether the machine holds one more container. What asks for more than the whole machine gets the
-    /// whole machine: it starts when nothing else runs.
-    fn fits(&self, used: Amount, asked: Amount) -> bool {
-        let total = used.plus(asked);
-        used.containers == 0
-            || total.cpu_millis <= u64::from(self.config.cpu_millis)
-                && total.memory_mib <= u64::from(self.config.memory_mib)
-    }
-
-    /// Ends idle containers of other pools, longest idle first, so that what waits can start. Only for
-    /// pools that have work, and only where it helps.
-    fn make_room(&mut self, now: Timestamp, mut used: Amount, waiting: &[FunctionId], turn: &mut Turn) {
-        let mut spare: Option<VecDeque<(Timestamp, ContainerId)>> = None;
+    /// Ends idle containers of other pools, longest idle first, so that what waits can start: where the
+    /// fewest must end for it. Only for pools that have work, and only where it helps.
+    fn make_room(&mut self, now: Timestamp, mut machines: Vec<Machine>, waiting: &[FunctionId], turn: &mut Turn) {
+        let mut spare: Option<Spare> = None;
         for function_id in waiting {
             let pool = &self.pools[function_id];
             if self.shortfall(pool, false) == 0 {
                 continue;
             }
             let asked = Amount::asked_by(&pool.settings);
+            let is_oversized = !machines.iter().any(|machine| machine.holds(asked));
             let spare = spare.get_or_insert_with(|| {
                 // What ends anyway is room already; counted once, for whoever waits longest.
-                let ending = self.containers.values().filter(|c| Self::ends_soon(c));
-                used = ending.fold(used, |used, container| used.minus(Amount::held_by(container)));
-                let mut spare: Vec<_> = self
-                    .pools
-                    .values()
-                    .flat_map(|pool| self.spare_containers(pool))
-                    .collect();
-                spare.sort_unstable();
-                spare.into()
-            });
-            let mut after = used;
-            let mut victims = Vec::new();
-            let others = spare
-                .iter()
-                .filter(|(_, id)| self.containers[id].function_id != *function_id);
-            for (_, container_id) in others {
-                if self.fits(after, asked) {
-                    break;
+                for machine in &mut machines {
+                    let ending = self
+                        .containers
+                        .values()
+                        .filter(|c| c.worker_id == machine.worker_id && Self::ends_soon(c));
+                    machine.used = ending.fold(machine.used, |used, c| used.minus(Amount::held_by(c)));
                 }
-                after = after.minus(Amount::held_by(&self.containers[container_id]));
-                victims.push(*container_id);
-            }
-            if !self.fits(after, asked) {
+                self.spare()
+            });
+            let best = machines
+                .iter()
+                .enumerate()
+                .filter(|(_, machine)| is_oversized || machine.holds(asked))
+                .filter_map(|(index, machine)| {
+                    let victims = self.victims(spare, machine, *function_id, asked, is_oversized)?;
+                    Some((victims.len(), index, victims))
+                })
+                .min();
+            let Some((_, index, victims)) = best else {
                 // Even all of them would not make room: whoever runs must end first.
                 continue;
+            };
+            let machine = &mut machines[index];
+            for container_id in &victims {
+                machine.used = machine.used.minus(Amount::held_by(&self.containers[container_id]));
             }
-            used = after.plus(asked);
-            spare.retain(|(_, id)| !victims.contains(id));
+            machine.used = machine.used.plus(asked);
+            spare.take(&victims, |id| self.containers[&id].function_id);
             for container_id in victims {
                 self.drain(now, container_id, StopReason::ScaleDown, turn);
             }
         }
+    }
+
+    /// Idle containers that pools can do without.
+    fn spare(&self) -> Spare {
+        let mut spare = Spare::default();
+        for (function_id, pool) in &self.pools {
+            let (idle, most) = self.spare_containers(pool);
+            spare.idle.extend(idle);
+            spare.most.insert(*function_id, most);
+        }
+        spare.idle.sort_unstable();
+        spare
+    }
+
+    /// Which containers of a machine must end so that one more has room there; `None` where that is in vain.
+    fn victims(
+        &self,
+        spare: &Spare,
+        machine: &Machine,
+        function_id: FunctionId,
+        asked: Amount,
+        is_oversized: bool,
+    ) -> Option<Vec<ContainerId>> {
+        let mut after = *machine;
+        let mut most = spare.most.clone();
+        let mut victims = Vec::new();
+        for (_, container_id) in &spare.idle {
+            if after.has_room(asked, is_oversized) {
+                break;
+            }
+            let container = &self.containers[container_id];
+            if container.worker_id != machine.worker_id || container.function_id == function_id {
+                continue;
+            }
+            let Some(left) = most.get_mut(&container.function_id).filter(|left| **left > 0) else {
+                continue;
+            };
+            *left -= 1;
+            after.used = after.used.minus(Amount::held_by(container));
+            victims.push(*container_id);
+        }
+        after.has_room(asked, is_oversized).then_some(victims)
     }
 
     /// Whether its resources come back without anything else ending first.

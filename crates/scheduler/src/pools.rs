@@ -12,7 +12,7 @@ use crate::state::{Container, InputState, Phase, Pool, State, count};
 use crate::turn::{Reply, Turn};
 
 impl Pool {
-    fn new(settings: PoolSettings) -> Self {
+    pub(crate) fn new(settings: PoolSettings) -> Self {
         Self {
             settings,
             active: true,
@@ -257,19 +257,16 @@ impl State {
             .filter_map(|(id, container)| container.idle_since.map(|since| (id, since, container)))
     }
 
-    /// Idle containers that this pool can do without while another pool cannot start: all beyond its
-    /// minimum and beyond what it works with, if nothing waits for them.
-    pub(crate) fn spare_containers(&self, pool: &Pool) -> Vec<(Timestamp, ContainerId)> {
+    /// Idle containers of which this pool can do without some while another pool cannot start, and how
+    /// many: all beyond its minimum and beyond what it works with, if nothing waits for them.
+    pub(crate) fn spare_containers(&self, pool: &Pool) -> (Vec<(Timestamp, ContainerId)>, u32) {
         if !pool.queue.is_empty() || pool.waiting_requests() > 0 {
-            return Vec::new();
+            return (Vec::new(), 0);
         }
         let needed = if pool.active { self.wanted(pool, false) } else { 0 };
         let spare = self.live_count(pool).saturating_sub(needed);
-        let mut idle: Vec<(Timestamp, ContainerId)> =
-            self.idle_containers(pool).map(|(id, since, _)| (since, id)).collect();
-        idle.sort_unstable();
-        idle.truncate(spare as usize);
-        idle
+        let idle = self.idle_containers(pool).map(|(id, since, _)| (since, id)).collect();
+        (idle, spare)
     }
 }
 

@@ -1,9 +1,10 @@
 //! Recovery: the recorded past becomes state again.
 
-use ionian_domain::container::ContainerExit;
+use std::collections::BTreeMap;
+
 use ionian_domain::outcome::OutcomeStatus;
-use ionian_domain::record::{PendingInput, Recovered, Write};
-use ionian_domain::{Outcome, Timestamp};
+use ionian_domain::record::{PendingInput, Recovered};
+use ionian_domain::{ContainerId, Outcome, Timestamp};
 
 use crate::breaks::Break;
 use crate::state::{CallState, Input, InputState, State};
@@ -11,16 +12,13 @@ use crate::turn::Turn;
 
 impl State {
     /// Folds what was recorded. Sent after every active function was announced, so that inputs find
-    /// their pools; inputs of functions that are gone end here.
-    ///
-    /// Announced functions may have started containers already, and the record was read after that: what
-    /// is known here is not from the past, and stays.
+    /// their pools; inputs of functions that are gone end here, and their containers are stopped.
     pub(crate) fn recovered(&mut self, now: Timestamp, recovered: Recovered, turn: &mut Turn) {
+        assert!(!self.is_recovered, "the record is read once");
+        self.is_recovered = true;
+        turn.desired_changed = true;
         for pending in recovered.calls {
             let id = pending.call.id;
-            if self.calls.contains_key(&id) {
-                continue;
-            }
             if pending.input_count == pending.finished_count {
                 self.quiet_calls.insert((now, id));
             }
@@ -32,26 +30,26 @@ impl State {
             };
             self.calls.insert(id, call);
         }
-        // The embedded worker's containers end with the process that started them; what they ran was lost.
-        for container in recovered.containers {
-            if !self.containers.contains_key(&container.id) {
-                let exit = ContainerExit::Lost;
-                turn.writes.push(Write::ContainerEnded {
-                    container_id: container.id,
-                    exit,
-                    at: now,
-                });
-            }
+        for container in &recovered.containers {
+            self.adopt(now, container, turn);
         }
-        for pending in recovered.inputs {
-            if !self.inputs.contains_key(&pending.id) {
-                self.recover_input(now, &pending, turn);
-            }
+        // What a container was given last may not have reached it.
+        let mut last_delivery: BTreeMap<ContainerId, Timestamp> = BTreeMap::new();
+        for (container_id, started_at) in recovered.inputs.iter().filter_map(|pending| pending.running) {
+            let last = last_delivery.entry(container_id).or_insert(started_at);
+            *last = started_at.max(*last);
+        }
+        for pending in &recovered.inputs {
+            let is_last = pending.running.is_some_and(|(id, at)| last_delivery[&id] == at);
+            self.recover_input(now, pending, is_last, turn);
+        }
+        for container in &recovered.containers {
+            self.end_outdated(now, container.id, turn);
         }
     }
 
     /// The store gives inputs in the order of their creation, which is the order in which they wait.
-    fn recover_input(&mut self, now: Timestamp, pending: &PendingInput, turn: &mut Turn) {
+    fn recover_input(&mut self, now: Timestamp, pending: &PendingInput, is_last: bool, turn: &mut Turn) {
         let call = self
             .calls
             .get_mut(&pending.call_id)
@@ -59,7 +57,7 @@ impl State {
         call.inputs.insert(pending.id);
         let running = pending.running.filter(|_| !self.is_broken(Break::RecoversAttempts));
         let state = match (running, pending.not_before) {
-            // Its container is gone: decided below, once the input is known.
+            // Whether its container is still there is decided below, once the input is known.
             (Some((container_id, _)), _) => InputState::Running { container_id },
             (None, Some(until)) if until > now => InputState::Delayed { until },
             (None, Some(_) | None) => InputState::Queued,
@@ -86,7 +84,14 @@ impl State {
         };
         self.dirty.insert(pending.function_id);
         match state {
-            InputState::Running { .. } => self.attempt_lost(now, pending.id, "the server restarted", turn),
+            InputState::Running { container_id } => match pending.running {
+                Some((_, started_at)) if self.containers.contains_key(&container_id) => {
+                    if !self.is_broken(Break::ForgetsWhatSurvivorsRun) {
+                        self.adopt_input(now, pending.id, container_id, started_at, is_last);
+                    }
+                }
+                Some(_) | None => self.attempt_lost(now, pending.id, "the server restarted", turn),
+            },
             InputState::Delayed { until } => {
                 pool.delayed.insert((until, pending.id));
             }

@@ -8,8 +8,10 @@ use ionian_domain::container::StopReason;
 use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp, WorkerId};
 
 use crate::Config;
+use crate::breaks::Break;
 use crate::event::{Event, PollId, PoolSettings};
 use crate::turn::Turn;
+use crate::workers::Worker;
 
 /// Inputs and calls that were forgotten a moment ago, by which a repeated request is known. A repetition
 /// whose first try finished earlier finds it in the store, so this covers only requests that overtake
@@ -19,6 +21,10 @@ const REMEMBERED: usize = 8_192;
 /// Counts inputs in the order in which they came. An input keeps its number when it must wait again, so
 /// that it comes before everything younger, in memory as after a recovery.
 pub(crate) type Arrival = u64;
+
+/// Events that may come before the record was read. Nobody is served before that, so only what the platform
+/// itself says can come; more than this means that it forgot to read the record.
+const EARLY_EVENTS: usize = 65_536;
 
 /// Counts pools in the order in which they asked for the machine.
 pub(crate) type Ticket = u64;
@@ -73,10 +79,24 @@ pub(crate) struct RunningInput {
     pub deadline: Timestamp,
     /// The attempt was decided already (cancelled, timed out); the runtime has until then to let go.
     pub abandoned_until: Option<Timestamp>,
+    /// It was handed over last before the server restarted: nobody knows whether it arrived.
+    pub is_doubtful: bool,
+}
+
+/// What is special about a container that outlived the server that started it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Adopted {
+    /// It has not polled or reported since.
+    pub is_unheard: bool,
+    /// It serves the web, and its worker has not yet said again where it is reached.
+    pub awaits_worker: bool,
+    /// Its endpoints were known before.
+    pub web_was_ready: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Container {
+    pub worker_id: WorkerId,
     pub app_id: AppId,
     pub function_id: FunctionId,
     pub definition_id: DefinitionId,
@@ -95,6 +115,10 @@ pub(crate) struct Container {
     /// It said by [`Event::ServerReady`] that it is ready, and asks for nothing.
     pub never_polls: bool,
     pub is_web: bool,
+    /// When its worker, or it itself, first showed that it exists: it must not be started again.
+    pub seen_at: Option<Timestamp>,
+    /// Set where it was started by an earlier life of the server.
+    pub adopted: Option<Adopted>,
     pub cpu_millis: u32,
     pub memory_mib: u32,
 }
@@ -117,6 +141,15 @@ impl Container {
     /// Whether it still has to let go of an attempt that was taken from it.
     pub(crate) fn is_letting_go(&self) -> bool {
         self.running.values().any(|running| running.abandoned_until.is_some())
+    }
+
+    /// Whether it was started by an earlier life of the server, and said nothing since.
+    pub(crate) fn is_unheard(&self) -> bool {
+        self.adopted.is_some_and(|adopted| adopted.is_unheard)
+    }
+
+    pub(crate) fn awaits_worker(&self) -> bool {
+        self.adopted.is_some_and(|adopted| adopted.awaits_worker)
     }
 
     /// Notes when its last input or request left it.
@@ -254,7 +287,13 @@ pub(crate) struct State {
     /// Requests that wait for functions that have no pool: their app stopped meanwhile.
     pub web_waiting: BTreeMap<FunctionId, u32>,
     pub shutting_down: bool,
-    pub worker: WorkerId,
+    pub workers: BTreeMap<WorkerId, Worker>,
+    /// Workers that are not given up, by when they were last heard.
+    pub silences: BTreeSet<(Timestamp, WorkerId)>,
+    /// The record was read.
+    pub is_recovered: bool,
+    /// What came before that.
+    pub early: Vec<Event>,
     #[cfg(test)]
     pub broken: Option<crate::breaks::Break>,
 }
@@ -277,13 +316,39 @@ impl State {
             quiet_calls: BTreeSet::new(),
             web_waiting: BTreeMap::new(),
             shutting_down: false,
-            worker: WorkerId::from_digest(&[0; 32]),
+            workers: BTreeMap::new(),
+            silences: BTreeSet::new(),
+            is_recovered: false,
+            early: Vec::new(),
             #[cfg(test)]
             broken: None,
         }
     }
 
-    pub(crate) fn apply(&mut self, now: Timestamp, event: Event, turn: &mut Turn) {
+    /// Applies an event, or keeps it until the record was read.
+    pub(crate) fn take(&mut self, now: Timestamp, event: Event, turn: &mut Turn) {
+        let is_first = matches!(
+            event,
+            Event::Recovered(_) | Event::FunctionActivated { .. } | Event::FunctionDeactivated { .. }
+        );
+        if !self.is_recovered && !is_first && !self.is_broken(Break::StartsBeforeRecovery) {
+            assert!(
+                self.early.len() < EARLY_EVENTS,
+                "the record is read before anybody is served"
+            );
+            self.early.push(event);
+            return;
+        }
+        let is_recovery = matches!(event, Event::Recovered(_));
+        self.apply(now, event, turn);
+        if is_recovery {
+            for event in std::mem::take(&mut self.early) {
+                self.apply(now, event, turn);
+            }
+        }
+    }
+
+    fn apply(&mut self, now: Timestamp, event: Event, turn: &mut Turn) {
         match event {
             Event::Recovered(recovered) => self.recovered(now, recovered, turn),
             Event::FunctionActivated { function_id, settings } => {
@@ -341,14 +406,10 @@ impl State {
             } => {
                 self.container_stop_requested(now, container_id, graceful, reply, turn);
             }
-            Event::WorkerConnected { worker_id, capacity } => {
-                self.worker = worker_id;
-                self.config.cpu_millis = capacity.cpu_millis;
-                self.config.memory_mib = capacity.memory_mib;
-                self.config.max_starting = capacity.max_starting;
-            }
-            // That its process runs changes no decision: it takes work when it asks for it.
-            Event::WorkerStarted { container_id: _ } | Event::WorkerHeard { worker_id: _ } | Event::Tick => {}
+            Event::WorkerConnected { worker_id, capacity } => self.worker_connected(now, worker_id, capacity, turn),
+            Event::WorkerHeard { worker_id } => self.worker_heard(now, worker_id, turn),
+            Event::WorkerStarted { container_id } => self.worker_started(now, container_id, turn),
+            Event::Tick => {}
             Event::WorkerExited { container_id, exit } => self.worker_exited(now, container_id, &exit, turn),
             Event::WebDemand {
                 function_id,

@@ -1,8 +1,9 @@
 //! The state as others may see it: the desired set, lists for people, statistics.
 
 use ionian_domain::worker::DesiredState;
-use ionian_domain::{AppId, ContainerId, FunctionId, Timestamp};
+use ionian_domain::{AppId, ContainerId, FunctionId, Timestamp, WorkerId};
 
+use crate::breaks::Break;
 use crate::state::{Phase, State, count};
 use crate::turn::DesiredEntry;
 
@@ -10,6 +11,7 @@ use crate::turn::DesiredEntry;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ContainerView {
     pub id: ContainerId,
+    pub worker_id: WorkerId,
     pub app_id: AppId,
     pub function_id: FunctionId,
     pub created_at: Timestamp,
@@ -32,8 +34,8 @@ impl State {
         self.containers
             .iter()
             .map(|(id, container)| DesiredEntry {
-                worker_id: self.worker,
-                must_exist: false,
+                worker_id: container.worker_id,
+                must_exist: container.seen_at.is_some() && !self.is_broken(Break::ForgetsSightings),
                 container_id: *id,
                 function_id: container.function_id,
                 definition_id: container.definition_id,
@@ -50,6 +52,7 @@ impl State {
             .iter()
             .map(|(id, container)| ContainerView {
                 id: *id,
+                worker_id: container.worker_id,
                 app_id: container.app_id,
                 function_id: container.function_id,
                 created_at: container.created_at,

@@ -5,7 +5,6 @@
 //! rest follows. Nothing that was acknowledged depends on an orderly end.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,10 +16,11 @@ use ionian_container::config::ContainerConfig;
 use ionian_container::{ProcessRuntime, RuncRuntime, Runtime};
 use ionian_control::{Control, ControlConfig, Parts, Started};
 use ionian_domain::container::RuntimeKind;
+use ionian_domain::worker::WorkerCapacity;
 use ionian_image::{HostTrust, LayerStore};
 use ionian_ingress::{Ingress, IngressConfig, Services, platform_service};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -28,6 +28,7 @@ use crate::keys::Keys;
 use crate::{host, token};
 
 mod build;
+mod listeners;
 mod platform;
 
 /// How long containers have to end after the last request.
@@ -49,7 +50,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .await
         .context("cannot open the blob store")?;
     let signer = UrlSigner::new(keys.urls);
-    let listeners = bind(&config.listen).await?;
+    let listeners = listeners::public(&config.listen).await?;
     let public_port = listeners
         .first()
         .context("no address to listen on")?
@@ -68,23 +69,16 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         }
         RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
     };
-    let container_listener = match runtime.network() {
-        Some(network) => {
-            let listener = TcpListener::bind((network.gateway(), 0))
-                .await
-                .context("cannot listen for containers")?;
-            network.allow_host_port(listener.local_addr()?.port()).await?;
-            listener
-        }
-        None => TcpListener::bind("127.0.0.1:0")
-            .await
-            .context("cannot listen for containers")?,
-    };
+    let gateway = runtime.network().map(|network| network.gateway());
+    let container_listener = listeners::for_containers(&store, gateway).await?;
+    if let Some(network) = runtime.network() {
+        network.allow_host_port(container_listener.local_addr()?.port()).await?;
+    }
     let container_server_url = format!("http://{}", container_listener.local_addr()?);
 
     let cancel = CancellationToken::new();
     let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
-    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone())?;
+    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone()).await?;
     let builder = parts.builder.clone();
     let (scheme, port) = config
         .public
@@ -111,7 +105,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         reports,
         mut essential,
     } = started;
-    let worker = tokio::spawn(parts.worker(&control)?.run(desired, reports, cancel.clone()));
+    let mut worker = tokio::spawn(parts.worker(&control)?.run(desired, reports, cancel.clone()));
 
     let ingress_config = IngressConfig {
         base_domains: vec![config.base_domain.clone()],
@@ -141,21 +135,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
 
     announce(&config, public_port)?;
-    let crashed = tokio::select! {
-        () = interrupted()? => false,
-        Some(ended) = essential.join_next() => {
-            if let Err(error) = ended {
-                tracing::error!(%error, "an essential task crashed");
-            }
-            true
-        }
-    };
+    tokio::select! {
+        () = interrupted()? => {}
+        Some(ended) = essential.join_next() => crash("an essential task", ended.err()),
+        ended = &mut worker => crash("the worker", ended.err()),
+    }
     tracing::info!("shutting down");
     serving.cancel();
     public_task.await.context("the public listener crashed")?;
-    if !crashed {
-        control.shut_down(CONTAINERS_END).await;
-    }
+    control.shut_down(CONTAINERS_END).await;
     cancel.cancel();
     ingress.closed().await;
     container_task.await.context("the containers' listener crashed")?;
@@ -166,9 +154,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .await
         .context("cannot remove the containers' network")?;
     store.close().await;
-    if crashed {
-        bail!("the server ended because an essential task crashed; its log says why. Start it again: it recovers");
-    }
     tracing::info!("ended");
     Ok(())
 }
@@ -189,13 +174,21 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         data_dir: config.data_dir.clone(),
         default_scaledown_window: config.scaledown_window,
         client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
-        scheduler: ionian_scheduler::Config {
+        capacity: WorkerCapacity {
             cpu_millis: or(config.cpu_millis, cores * 1_000),
             memory_mib: or(config.memory_mib, three_quarters),
             max_starting: cores.max(2),
-            ..ionian_scheduler::Config::default()
         },
+        scheduler: ionian_scheduler::Config::default(),
     }
+}
+
+/// Ends the process as a kill would: containers go on, and the next start takes them back and recovers from
+/// what is recorded.
+fn crash(what: &str, error: Option<JoinError>) -> ! {
+    let error = error.map_or_else(|| "it ended by itself".to_owned(), |error| error.to_string());
+    tracing::error!(error, "{what} crashed; the server ends. Start it again: it recovers");
+    std::process::exit(1)
 }
 
 /// gRPC to the service, everything else to the platform's own paths.
@@ -221,32 +214,6 @@ pub(crate) fn lock(data_dir: &Path) -> anyhow::Result<File> {
         )
     })?;
     Ok(file)
-}
-
-/// With port 0, the first address decides which port all of them get.
-async fn bind(addresses: &[SocketAddr]) -> anyhow::Result<Vec<TcpListener>> {
-    let mut listeners: Vec<TcpListener> = Vec::new();
-    for address in addresses {
-        let mut wanted = *address;
-        if wanted.port() == 0
-            && let Some(first) = listeners.first()
-        {
-            wanted.set_port(first.local_addr()?.port());
-        }
-        match TcpListener::bind(wanted).await {
-            Ok(listener) => listeners.push(listener),
-            // A machine without IPv6 has one loopback address.
-            Err(error) if !listeners.is_empty() && address.is_ipv6() => {
-                tracing::warn!(%wanted, %error, "not listening here");
-            }
-            Err(error) => {
-                return Err(error).with_context(|| {
-                    format!("cannot listen on {wanted}; another server may run there: choose another with --listen")
-                });
-            }
-        }
-    }
-    Ok(listeners)
 }
 
 /// Tells whoever started us that traffic may come, in one line.

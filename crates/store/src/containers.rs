@@ -1,14 +1,21 @@
-//! Containers: when each began and how it ended. Their rows are written by turns (`turn.rs`).
+//! Containers: when each began and how it ended, and where the web endpoints of the live ones are. Their
+//! rows are written by turns (`turn.rs`).
+
+use std::collections::HashMap;
 
 use ionian_domain::Timestamp;
 use ionian_domain::container::ContainerExit;
 use ionian_domain::ids::{AppId, ContainerId, FunctionId};
+use ionian_domain::web::AnnouncedEndpoint;
 use sqlx::query;
 use sqlx::sqlite::SqliteRow;
 
 use crate::Store;
 use crate::error::{During as _, Failure, StoreError};
-use crate::row::RowExt as _;
+use crate::row::{RowExt as _, json};
+
+pub(crate) const LIVE_WEB_ENDPOINTS: &str =
+    "SELECT id, web_endpoints FROM containers WHERE ended_at IS NULL AND web_endpoints IS NOT NULL";
 
 /// A container of any age.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +52,37 @@ impl Containers<'_> {
             .await
             .during(OPERATION)?;
         rows.iter().map(container).collect::<Result<_, _>>().during(OPERATION)
+    }
+
+    /// Notes where a live container serves its web endpoints. Nothing happens to one that has ended.
+    pub async fn note_web_endpoints(
+        &self,
+        id: ContainerId,
+        endpoints: &[AnnouncedEndpoint],
+        at: Timestamp,
+    ) -> Result<(), StoreError> {
+        const OPERATION: &str = "note the web endpoints of a container";
+        query("UPDATE containers SET web_endpoints = $2, web_ready_at = $3 WHERE id = $1 AND ended_at IS NULL")
+            .bind(id.to_string())
+            .bind(json("web endpoints", &endpoints).during(OPERATION)?)
+            .bind(at.micros())
+            .execute(&self.0.writer)
+            .await
+            .during(OPERATION)?;
+        Ok(())
+    }
+
+    /// Where the live containers serve their web endpoints, as far as they have announced it.
+    pub async fn live_web_endpoints(&self) -> Result<HashMap<ContainerId, Vec<AnnouncedEndpoint>>, StoreError> {
+        const OPERATION: &str = "read the web endpoints of live containers";
+        let rows = query(LIVE_WEB_ENDPOINTS)
+            .fetch_all(&self.0.readers)
+            .await
+            .during(OPERATION)?;
+        rows.iter()
+            .map(|row| Ok((row.id("id")?, row.json("web_endpoints")?)))
+            .collect::<Result<_, Failure>>()
+            .during(OPERATION)
     }
 
     /// Forgets up to `limit` containers that ended before a time; returns how many.

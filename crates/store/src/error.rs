@@ -51,9 +51,16 @@ pub enum Failure {
         path: PathBuf,
         source: sqlx::migrate::MigrateError,
     },
+    /// Nothing was written. It works again as soon as there is room.
+    #[error("the disk that holds the database is full")]
+    Full(#[source] sqlx::Error),
     #[error("the database failed")]
     Database(#[source] sqlx::Error),
 }
+
+/// `SQLite`'s result codes for a disk without room: in a file of the database, and in the shared memory
+/// beside it (`SQLITE_FULL` and `SQLITE_IOERR_SHMSIZE`).
+const FULL_CODES: [&str; 2] = ["13", "4874"];
 
 impl StoreError {
     /// The kind of failure in the caller's terms.
@@ -66,6 +73,7 @@ impl StoreError {
             Failure::Database(sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed) | Failure::Locked { .. } => {
                 ErrorKind::Unavailable
             }
+            Failure::Full(_) => ErrorKind::Exhausted,
             Failure::Database(_)
             | Failure::Unreadable { .. }
             | Failure::File { .. }
@@ -89,6 +97,11 @@ impl From<sqlx::Error> for Failure {
         match &error {
             sqlx::Error::Database(database) if database.is_unique_violation() => Self::AlreadyExists(error),
             sqlx::Error::Database(database) if database.is_foreign_key_violation() => Self::Reference(error),
+            sqlx::Error::Database(database)
+                if database.code().is_some_and(|code| FULL_CODES.contains(&code.as_ref())) =>
+            {
+                Self::Full(error)
+            }
             _ => Self::Database(error),
         }
     }

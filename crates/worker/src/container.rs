@@ -1,11 +1,14 @@
-//! The life of one container: prepared, started, watched, drained, reported, disposed of.
+//! The life of one container: prepared and started, or adopted; watched, drained, reported, disposed of.
 //!
 //! One task per container, with an [`Order`] to follow and [`Sighting`]s to give. Its order of work at the end
 //! is a promise: all output has been written when the end is told, and only then is the host cleaned up.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -114,7 +117,7 @@ pub(crate) async fn live(
         Ok(preparation) => start(preparation).await,
         Err(error) => Err(error),
     };
-    let (mut container, run_dir, timings) = match started {
+    let (container, run_dir, timings) = match started {
         Ok(started) => started,
         Err(error) => {
             let message = chain(&error);
@@ -126,19 +129,105 @@ pub(crate) async fn live(
             .await;
         }
     };
-    let address = container.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    tell(Sighting::Started(ContainerStarted {
-        container_id: id,
-        address,
+    let started = Running {
+        id,
+        container,
+        run_dir,
         timings,
-    }))
-    .await;
-    let exit = watch_over(&mut container, &mut orders, &writer, shared.log_limits).await;
-    tell(Sighting::Ended { id, exit }).await;
+    };
+    started.follow(&shared, &writer, orders, sightings).await;
+}
+
+/// Takes over a container that an earlier process of this worker started. It may have ended since; then its
+/// last output and its end are told like any other's.
+pub(crate) async fn adopt(
+    shared: Arc<Shared>,
+    id: ContainerId,
+    spec: Arc<ContainerSpec>,
+    container: RunningContainer,
+    orders: watch::Receiver<Order>,
+    sightings: mpsc::Sender<Sighting>,
+) {
+    let writer = LogWriter::new(Arc::clone(&shared.logs), id, spec);
+    let adopted = Running {
+        id,
+        container,
+        run_dir: RunDir::of(&shared.run_dir, id),
+        timings: StartTimings::default(),
+    };
+    tracing::info!(container = %id, "a container was adopted");
+    adopted.follow(&shared, &writer, orders, sightings).await;
+}
+
+/// Ends a container that an earlier process of this worker started and that nobody wants any more.
+pub(crate) async fn discard(
+    shared: Arc<Shared>,
+    id: ContainerId,
+    container: RunningContainer,
+    sightings: mpsc::Sender<Sighting>,
+) {
+    tracing::info!(container = %id, "a container that nobody wants any more is removed");
+    dispose(id, container).await;
+    remove(RunDir::of(&shared.run_dir, id)).await;
+    // Heard by nobody at shutdown.
+    drop(sightings.send(Sighting::Ended { id, exit: killed() }).await);
+}
+
+/// Ends what an earlier process of this worker started for itself: a step of a build.
+pub(crate) async fn remove_stranger(container: RunningContainer) {
+    let name = container.name.clone();
+    tracing::info!(name, "a build step of an earlier run is removed");
+    if let Err(error) = container.dispose().await {
+        tracing::error!(
+            name,
+            error = chain(&error),
+            "failed to remove what a build step left on the host"
+        );
+    }
+}
+
+/// A container with everything that it has on this host.
+struct Running {
+    id: ContainerId,
+    container: RunningContainer,
+    run_dir: RunDir,
+    timings: StartTimings,
+}
+
+impl Running {
+    async fn follow(
+        self,
+        shared: &Shared,
+        writer: &LogWriter,
+        mut orders: watch::Receiver<Order>,
+        sightings: mpsc::Sender<Sighting>,
+    ) {
+        let Self {
+            id,
+            mut container,
+            run_dir,
+            timings,
+        } = self;
+        // What is told when nobody listens any more, at shutdown, is lost on purpose.
+        let tell = async |sighting| drop(sightings.send(sighting).await);
+        let address = container.address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+        tell(Sighting::Started(ContainerStarted {
+            container_id: id,
+            address,
+            timings,
+        }))
+        .await;
+        let exit = watch_over(&mut container, &mut orders, writer, shared.log_limits).await;
+        tell(Sighting::Ended { id, exit }).await;
+        dispose(id, container).await;
+        remove(run_dir).await;
+    }
+}
+
+async fn dispose(id: ContainerId, container: RunningContainer) {
     if let Err(error) = container.dispose().await {
         tracing::error!(container = %id, error = chain(&error), "failed to remove what a container left on the host");
     }
-    remove(run_dir).await;
 }
 
 fn killed() -> ContainerExit {
@@ -260,8 +349,12 @@ fn prepare_isolated(
 ) -> Result<(Launch, RunDir), PrepareError> {
     let mut lower_dirs: Vec<PathBuf> = spec.image.layers.iter().map(|key| shared.layers.fs_path(key)).collect();
     let python = find_python(&ImageFiles::new(&lower_dirs), launch::search_path(spec))?;
-    lower_dirs.extend(shared.mounts.ensure(&spec.image.layers, &lower_dirs, &spec.files)?);
+    let mount_layer = shared.mounts.ensure(&spec.image.layers, &lower_dirs, &spec.files)?;
     let run_dir = RunDir::create(&shared.run_dir, id)?;
+    if let Some(mount_layer) = &mount_layer {
+        run_dir.note_mount_layer(mount_layer)?;
+    }
+    lower_dirs.extend(mount_layer);
     let arguments_file = run_dir.write_arguments(&spec.arguments)?;
     let prepared = Prepared {
         lower_dirs,
@@ -380,13 +473,49 @@ fn next_after(order: Order) -> Order {
     }
 }
 
-/// What one container has in the worker's own state directory; removed with it.
+/// What one container has in the worker's own state directory; removed with it, and not before: the container
+/// sees files in it.
 #[derive(Debug)]
 struct RunDir {
     path: PathBuf,
 }
 
+/// Says which mount layer the container runs on, for the next process of this worker.
+const MOUNT_LAYER_NOTE: &str = "mount-layer";
+
+/// Removes the directories of containers that are gone. Returns the mount layers that the others run on.
+pub(crate) fn sweep_run_dirs(run_dir: &Path, living: &BTreeSet<ContainerId>) -> io::Result<BTreeSet<PathBuf>> {
+    let mut used = BTreeSet::new();
+    for entry in fs::read_dir(run_dir)? {
+        let entry = entry?;
+        let id = entry.file_name().to_str().and_then(|name| name.parse().ok());
+        if !id.is_some_and(|id| living.contains(&id)) {
+            fs::remove_dir_all(entry.path())?;
+            continue;
+        }
+        match fs::read(entry.path().join(MOUNT_LAYER_NOTE)) {
+            Ok(path) => drop(used.insert(PathBuf::from(OsString::from_vec(path)))),
+            // A function without files has none.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(used)
+}
+
 impl RunDir {
+    /// That of a container which an earlier process of this worker started.
+    fn of(parent: &Path, id: ContainerId) -> Self {
+        Self {
+            path: parent.join(id.to_string()),
+        }
+    }
+
+    fn note_mount_layer(&self, layer: &Path) -> Result<(), PrepareError> {
+        let path = self.path.join(MOUNT_LAYER_NOTE);
+        fs::write(&path, layer.as_os_str().as_bytes()).map_err(|source| PrepareError::Arguments { path, source })
+    }
+
     fn create(parent: &Path, id: ContainerId) -> Result<Self, PrepareError> {
         let path = parent.join(id.to_string());
         match fs::DirBuilder::new().mode(0o700).create(&path) {
@@ -411,7 +540,9 @@ impl RunDir {
 
 impl Drop for RunDir {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_dir_all(&self.path) {
+        if let Err(error) = fs::remove_dir_all(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
             tracing::warn!(path = %self.path.display(), %error, "failed to remove a container's directory");
         }
     }

@@ -16,13 +16,14 @@ macro_rules! embedded {
 }
 
 /// Every module of the package; a test compares the list with the directory.
-const FILES: [(&str, &str); 8] = embedded![
+const FILES: [(&str, &str); 9] = embedded![
     "__init__.py",
     "announcement.py",
     "launcher.py",
     "paths.py",
     "platform_scope.py",
     "report.py",
+    "resilience.py",
     "web_hook.py",
     "web_server.py",
 ];
@@ -32,9 +33,9 @@ const PACKAGE: &str = "ionian_container";
 /// The launcher, below the directory that [`extract`] gives.
 pub(crate) const LAUNCHER: &str = "ionian_container/launcher.py";
 
-/// Makes the files exist below `root` and gives the directory that holds the package. Removes other versions:
-/// called before any container runs.
-pub(crate) fn extract(root: &Path) -> io::Result<PathBuf> {
+/// Makes the files exist below `root` and gives the directory that holds the package. Removes other versions
+/// where no container may run on them.
+pub(crate) fn extract(root: &Path, others_are_used: bool) -> io::Result<PathBuf> {
     let mut hasher = Sha256::new();
     for (name, text) in FILES {
         hasher.update((name.len() as u64).to_le_bytes());
@@ -47,15 +48,19 @@ pub(crate) fn extract(root: &Path) -> io::Result<PathBuf> {
     fs::create_dir_all(root)?;
     for entry in fs::read_dir(root)? {
         let entry = entry?;
-        if entry.file_name() != name.as_str() {
+        if entry.file_name() != name.as_str() && !others_are_used {
             fs::remove_dir_all(entry.path())?;
         }
     }
-    // Written each time: a crash may have left half of it, and it is a few kilobytes.
+    // Looked at each time: a crash may have left half of it, and it is a few kilobytes. What is whole is left
+    // alone, since containers of an earlier process may be reading it.
     let package = target.join(PACKAGE);
     fs::create_dir_all(&package)?;
     for (name, text) in FILES {
-        fs::write(package.join(name), text)?;
+        let path = package.join(name);
+        if fs::read(&path).ok().as_deref() != Some(text.as_bytes()) {
+            fs::write(&path, text)?;
+        }
     }
     // Read by whatever user the container has; the state directory above keeps others out.
     for path in [&target, &package] {
@@ -92,10 +97,10 @@ mod tests {
     fn extraction_mends_what_is_there_and_removes_other_versions() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir_all(root.path().join("older/ionian_container")).unwrap();
-        let directory = extract(root.path()).unwrap();
+        let directory = extract(root.path(), false).unwrap();
         let launcher = directory.join(LAUNCHER);
         fs::write(&launcher, "half").unwrap();
-        assert_eq!(extract(root.path()).unwrap(), directory);
+        assert_eq!(extract(root.path(), false).unwrap(), directory);
         assert!(fs::read_to_string(&launcher).unwrap().contains("def main()"));
         assert!(!root.path().join("older").exists());
     }

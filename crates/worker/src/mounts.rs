@@ -5,7 +5,7 @@
 //! layer decides what that directory is: owner and mode must be repeated, and a link in the image (`/lib` to
 //! `/usr/lib`) must be followed and not replaced.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsStr;
 use std::fs::{self, FileTimes};
 use std::io;
@@ -76,8 +76,9 @@ struct Tree {
 }
 
 impl MountLayers {
-    /// Opens the directory and removes what is left of earlier runs. No container may be running.
-    pub(crate) fn open(dir: PathBuf, content: ContextFiles) -> Result<Self, MountError> {
+    /// Opens the directory and removes what is left of earlier runs, but nothing of the layers in `used`, on
+    /// which containers run.
+    pub(crate) fn open(dir: PathBuf, content: ContextFiles, used: &BTreeSet<PathBuf>) -> Result<Self, MountError> {
         fs::create_dir_all(&dir).map_err(failed("create", &dir))?;
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let boot_id_path = dir.join(BOOT_ID_FILE);
@@ -87,7 +88,8 @@ impl MountLayers {
         let is_same_boot = !boot_id.is_empty() && boot_id == known;
         for entry in fs::read_dir(&dir).map_err(failed("list", &dir))? {
             let path = entry.map_err(failed("list", &dir))?.path();
-            if path != boot_id_path && !(is_same_boot && was_used_lately(&path)) {
+            let is_used = used.contains(&path.join("fs"));
+            if path != boot_id_path && !is_used && !(is_same_boot && was_used_lately(&path)) {
                 fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
             }
         }
@@ -388,11 +390,11 @@ mod tests {
                 fs::write(store.join(name), name).unwrap();
                 fs::set_permissions(store.join(name), fs::Permissions::from_mode(0o644)).unwrap();
             }
-            let layers = Self::open(root.path());
+            let layers = Self::open(root.path(), &[]);
             Self { root, layers }
         }
 
-        fn open(root: &Path) -> MountLayers {
+        fn open(root: &Path, used: &[&Path]) -> MountLayers {
             let store = root.join("store");
             let content: ContextFiles = Arc::new(move |sha256_hex| {
                 let path = store.join(sha256_hex);
@@ -402,7 +404,7 @@ mod tests {
                     Err(io::Error::from(io::ErrorKind::NotFound))
                 }
             });
-            MountLayers::open(root.join("mounts"), content).unwrap()
+            MountLayers::open(root.join("mounts"), content, &used.iter().map(PathBuf::from).collect()).unwrap()
         }
 
         fn ensure(&self, files: &[MountFile]) -> Result<Option<PathBuf>, MountError> {
@@ -504,10 +506,12 @@ mod tests {
             .unwrap()
             .set_times(long_ago)
             .unwrap();
-        World::open(world.root.path());
+        World::open(world.root.path(), &[&old]);
+        assert!(old.exists(), "a container runs on it");
+        World::open(world.root.path(), &[]);
         assert!(new.exists() && !old.exists() && !mounts.join(".draft-7").exists());
         fs::write(mounts.join(BOOT_ID_FILE), "another boot").unwrap();
-        World::open(world.root.path());
+        World::open(world.root.path(), &[]);
         assert!(!new.exists());
     }
 

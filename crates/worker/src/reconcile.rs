@@ -1,8 +1,8 @@
 //! What to do next for every container of this host: a state machine without clock, tasks or IO.
 //!
 //! It is given desired sets, sightings and the time, and answers with [`Action`]s that the caller carries out
-//! in order. Everything level-triggered is here: generations, exits that are repeated until acknowledged, and
-//! grace times that only ever get shorter.
+//! in order. Everything level-triggered is here: generations, exits that are repeated until acknowledged, grace
+//! times that only ever get shorter, and which of the containers of an earlier process are adopted.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,6 +18,15 @@ pub(crate) enum Action {
         id: ContainerId,
         spec: Arc<ContainerSpec>,
     },
+    /// Takes over a container that an earlier process of this worker left running (or ended meanwhile).
+    Adopt {
+        id: ContainerId,
+        spec: Arc<ContainerSpec>,
+    },
+    /// Kills and removes such a container: nobody wants it any more.
+    Discard {
+        id: ContainerId,
+    },
     /// SIGINT to the first process; a container that is still being prepared is given up.
     Interrupt {
         id: ContainerId,
@@ -29,7 +38,7 @@ pub(crate) enum Action {
     Report(WorkerReport),
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Reconciler {
     newest: Option<Generation>,
     containers: BTreeMap<ContainerId, Entry>,
@@ -44,6 +53,8 @@ struct Entry {
 
 #[derive(Debug)]
 enum Phase {
+    /// An earlier process of this worker left it. Whether it is wanted is not known yet.
+    Found,
     Live(Ending),
     /// Kept, and repeated, until a desired set leaves the container out.
     Ended(ContainerExit),
@@ -58,7 +69,24 @@ enum Ending {
 }
 
 impl Reconciler {
+    /// `found` are the containers that an earlier process of this worker left. The first desired set decides
+    /// which of them are adopted.
+    pub(crate) fn new(found: impl IntoIterator<Item = ContainerId>) -> Self {
+        let entry = || Entry {
+            phase: Phase::Found,
+            wanted: false,
+        };
+        Self {
+            newest: None,
+            containers: found.into_iter().map(|id| (id, entry())).collect(),
+        }
+    }
+
     pub(crate) fn observe_desired(&mut self, set: &DesiredSet, now: Instant) -> Vec<Action> {
+        // Nothing has been said yet, which is not the same as: there should be nothing.
+        if set.generation == Generation::default() {
+            return Vec::new();
+        }
         if self.newest.is_some_and(|newest| set.generation < newest) {
             return Vec::new();
         }
@@ -68,15 +96,15 @@ impl Reconciler {
             let id = desired.id;
             let Some(entry) = self.containers.get_mut(&id) else {
                 let phase = match desired.state {
-                    DesiredState::Running => {
+                    DesiredState::Running if !desired.must_exist => {
                         actions.push(Action::Start {
                             id,
                             spec: Arc::clone(&desired.spec),
                         });
                         Phase::Live(Ending::NotAsked)
                     }
-                    // It was stopped by an earlier process of this worker, or was never started.
-                    DesiredState::Stopped { .. } => {
+                    // It ran once and is gone, or it was to be stopped before it was ever started here.
+                    DesiredState::Running | DesiredState::Stopped { .. } => {
                         actions.push(exited(id, ContainerExit::Lost));
                         Phase::Ended(ContainerExit::Lost)
                     }
@@ -85,10 +113,17 @@ impl Reconciler {
                 continue;
             };
             entry.wanted = true;
+            if matches!(entry.phase, Phase::Found) {
+                entry.phase = Phase::Live(Ending::NotAsked);
+                actions.push(Action::Adopt {
+                    id,
+                    spec: Arc::clone(&desired.spec),
+                });
+            }
             match (&mut entry.phase, desired.state) {
                 (Phase::Ended(exit), _) => actions.push(exited(id, exit.clone())),
                 // A container that was asked to end does end: nobody can take a SIGINT back.
-                (Phase::Live(_), DesiredState::Running) => {}
+                (Phase::Found, _) | (Phase::Live(_), DesiredState::Running) => {}
                 (Phase::Live(ending), DesiredState::Stopped { grace, .. }) => {
                     let kill_at = now + grace;
                     match ending {
@@ -116,6 +151,11 @@ impl Reconciler {
             match &mut entry.phase {
                 // Left out of the set: the exit is acknowledged.
                 Phase::Ended(_) => false,
+                Phase::Found => {
+                    entry.phase = Phase::Live(Ending::Killed);
+                    actions.push(Action::Discard { id: *id });
+                    true
+                }
                 Phase::Live(ending) => {
                     if *ending != Ending::Killed {
                         *ending = Ending::Killed;
@@ -146,7 +186,7 @@ impl Reconciler {
     pub(crate) fn next_deadline(&self) -> Option<Instant> {
         let deadlines = self.containers.values().filter_map(|entry| match entry.phase {
             Phase::Live(Ending::Asked { kill_at }) => Some(kill_at),
-            Phase::Live(Ending::NotAsked | Ending::Killed) | Phase::Ended(_) => None,
+            Phase::Live(Ending::NotAsked | Ending::Killed) | Phase::Found | Phase::Ended(_) => None,
         });
         deadlines.min()
     }
@@ -161,11 +201,11 @@ impl Reconciler {
         match entry.phase {
             // Its task crashed after it had told of the end: the first word counts.
             Phase::Ended(_) => None,
-            Phase::Live(_) if entry.wanted => {
+            Phase::Found | Phase::Live(_) if entry.wanted => {
                 entry.phase = Phase::Ended(exit.clone());
                 Some(exited(id, exit))
             }
-            Phase::Live(_) => {
+            Phase::Found | Phase::Live(_) => {
                 self.containers.remove(&id);
                 None
             }
@@ -209,6 +249,8 @@ mod tests {
             .into_iter()
             .map(|action| match action {
                 Action::Start { id, .. } => format!("start {}", name(id)),
+                Action::Adopt { id, .. } => format!("adopt {}", name(id)),
+                Action::Discard { id } => format!("discard {}", name(id)),
                 Action::Interrupt { id } => format!("interrupt {}", name(id)),
                 Action::Kill { id } => format!("kill {}", name(id)),
                 Action::Report(WorkerReport::Started(started)) => {
@@ -224,8 +266,13 @@ mod tests {
 
     impl World {
         fn new() -> Self {
+            Self::that_found("")
+        }
+
+        /// Each character is a container that an earlier process left.
+        fn that_found(names: &str) -> Self {
             Self {
-                reconciler: Reconciler::default(),
+                reconciler: Reconciler::new(names.chars().map(id)),
                 spec: Arc::new(spec()),
                 start: Instant::now(),
             }
@@ -235,11 +282,15 @@ mod tests {
             self.start + Duration::from_secs(seconds)
         }
 
-        /// `wanted`: `"a b:30"` is `a` running and `b` stopped with 30 s of grace.
+        /// `wanted`: `"a b:30 c!"` is `a` running, `b` stopped with 30 s of grace, and `c`, which must exist.
         fn desire(&mut self, generation: u64, seconds: u64, wanted: &str) -> String {
             let containers = wanted
                 .split_whitespace()
                 .map(|word| {
+                    let (word, must_exist) = match word.strip_suffix('!') {
+                        Some(word) => (word, true),
+                        None => (word, false),
+                    };
                     let state = match word[1..].strip_prefix(':') {
                         None => DesiredState::Running,
                         Some(grace) => DesiredState::Stopped {
@@ -251,7 +302,7 @@ mod tests {
                         id: id(word.chars().next().unwrap()),
                         spec: Arc::clone(&self.spec),
                         state,
-                        must_exist: false,
+                        must_exist,
                     }
                 })
                 .collect();
@@ -380,5 +431,53 @@ mod tests {
         assert_eq!(world.ended('a', 3), "report a Exited { code: 3 }");
         assert_eq!(world.ended('a', 4), "");
         assert_eq!(world.desire(2, 0, "a"), "report a Exited { code: 3 }");
+    }
+
+    #[test]
+    fn what_an_earlier_process_left_is_adopted_or_discarded_by_the_first_set() {
+        let mut world = World::that_found("abc");
+        assert_eq!(world.desire(0, 0, ""), "");
+        assert_eq!(world.desire(0, 1, "a"), "");
+        assert_eq!(world.desire(7, 2, "a! b d"), "adopt a, adopt b, start d, discard c");
+        assert_eq!(world.started('a'), "report a started");
+        assert_eq!(world.desire(8, 3, "a! b! d"), "");
+        // Nobody waits for the end of what is discarded.
+        assert_eq!(world.ended('c', 0), "");
+        assert_eq!(world.ended('b', 2), "report b Exited { code: 2 }");
+        assert_eq!(world.desire(9, 4, "a! b!"), "report b Exited { code: 2 }, kill d");
+    }
+
+    #[test]
+    fn what_must_exist_and_does_not_is_lost_until_acknowledged() {
+        let mut world = World::that_found("a");
+        assert_eq!(world.desire(1, 0, "a! b!"), "adopt a, report b Lost");
+        assert_eq!(world.desire(2, 1, "a! b!"), "report b Lost");
+        assert_eq!(world.desire(3, 2, "a! b:30"), "report b Lost");
+        assert_eq!(world.desire(4, 3, "a!"), "");
+        // Started by this very process: that it must exist by now changes nothing.
+        assert_eq!(world.desire(5, 4, "a! c"), "start c");
+        assert_eq!(world.desire(6, 5, "a! c!"), "");
+    }
+
+    #[test]
+    fn what_is_to_stop_is_adopted_first() {
+        let mut world = World::that_found("ab");
+        assert_eq!(
+            world.desire(1, 0, "a:30! b:0!"),
+            "adopt a, interrupt a, adopt b, kill b"
+        );
+        assert_eq!(world.deadline(), Some(30));
+        assert_eq!(world.ended('a', 0), "report a Exited { code: 0 }");
+    }
+
+    #[test]
+    fn a_set_without_a_generation_ends_nothing() {
+        let mut world = World::that_found("a");
+        assert_eq!(world.desire(0, 0, ""), "");
+        assert_eq!(world.tick(1000), "");
+        assert_eq!(world.desire(1, 1001, ""), "discard a");
+        // Named while it was discarded: then somebody waits for its end.
+        assert_eq!(world.desire(2, 1002, "a!"), "");
+        assert_eq!(world.ended('a', 9), "report a Exited { code: 9 }");
     }
 }

@@ -16,6 +16,7 @@ use ionian_container::{
     Bind, Launch, Limits, MountGuard, NetworkMode, OutputStream, Rootfs, RunningContainer, Runtime, StartError, Upper,
     WritableLayer, mount_overlay,
 };
+use ionian_domain::Timestamp;
 use ionian_domain::container::ContainerExit;
 use ionian_image::{BuildLog, LogStream, MountedRoot, StepError, StepExecution, StepExit, StepRunner};
 use tokio::io::AsyncReadExt;
@@ -64,6 +65,8 @@ struct Inner {
     /// The lowest layer of an image from nothing: overlayfs wants one.
     empty: PathBuf,
     limits: StepLimits,
+    /// Names of steps are unique also among those that an earlier process of this worker left.
+    opened_at: Timestamp,
     numbers: AtomicU64,
 }
 
@@ -100,6 +103,7 @@ impl ContainerSteps {
             roots,
             empty,
             limits,
+            opened_at: Timestamp::now(),
             numbers: AtomicU64::new(0),
         };
         Ok(Self { inner: Arc::new(inner) })
@@ -107,6 +111,10 @@ impl ContainerSteps {
 
     fn next_number(&self) -> u64 {
         self.inner.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn step_name(&self) -> String {
+        format!("build-{:x}-{}", self.inner.opened_at.micros(), self.next_number())
     }
 
     fn lower_dirs(&self, lower_dirs: &[PathBuf]) -> Vec<PathBuf> {
@@ -126,7 +134,7 @@ impl ContainerSteps {
             lower_dirs: self.lower_dirs(&step.lower_dirs),
             upper,
         };
-        let mut launch = Launch::new(format!("build-{}", self.next_number()), rootfs, step.argv.clone());
+        let mut launch = Launch::new(self.step_name(), rootfs, step.argv.clone());
         launch.env.clone_from(&step.env);
         launch.workdir.clone_from(&step.workdir);
         launch.user.clone_from(&step.user);

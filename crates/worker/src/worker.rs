@@ -3,7 +3,7 @@
 //! What to do is decided by `reconcile`; this loop carries it out. It waits for a desired set, a sighting, a
 //! deadline or a task's end, and polls nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ionian_container::Runtime;
+use ionian_container::{RunningContainer, Runtime};
 use ionian_domain::ContainerId;
 use ionian_domain::container::ContainerExit;
 use ionian_domain::worker::{DesiredSet, WorkerReport};
@@ -51,6 +51,9 @@ pub struct WorkerParts {
     pub state_dir: PathBuf,
     pub logs: LogSink,
     pub limits: WorkerLimits,
+    /// What the runtimes found when they were opened: containers of an earlier process of this worker, living
+    /// or ended since. The first desired set decides which are adopted; the others are removed.
+    pub found: Vec<RunningContainer>,
     /// For the runtime without isolation: an interpreter of this host with the client installed.
     pub process_python: Option<PathBuf>,
 }
@@ -96,10 +99,33 @@ pub enum OpenError {
 pub struct Worker {
     shared: Arc<Shared>,
     builder: Builder,
+    found: Found,
+}
+
+/// Containers of an earlier process of this worker.
+#[derive(Default)]
+struct Found {
+    containers: BTreeMap<ContainerId, RunningContainer>,
+    /// Steps of builds that nobody waits for.
+    strangers: Vec<RunningContainer>,
+}
+
+impl Found {
+    fn sort(containers: Vec<RunningContainer>) -> Self {
+        let mut found = Self::default();
+        for container in containers {
+            match container.name.parse() {
+                Ok(id) => drop(found.containers.insert(id, container)),
+                Err(_) => found.strangers.push(container),
+            }
+        }
+        found
+    }
 }
 
 impl Worker {
-    /// Opens the state directory and removes what an earlier run left in it. Blocks for as long as that takes.
+    /// Opens the state directory and removes what an earlier run left in it, except for what belongs to the
+    /// containers that were found. Blocks for as long as that takes.
     pub fn open(parts: WorkerParts) -> Result<Self, OpenError> {
         let WorkerParts {
             runtimes,
@@ -110,8 +136,11 @@ impl Worker {
             state_dir,
             logs,
             limits,
+            found,
             process_python,
         } = parts;
+        let found = Found::sort(found);
+        let living: BTreeSet<ContainerId> = found.containers.keys().copied().collect();
         let failed = |path: &Path| {
             let path = path.to_owned();
             move |source| OpenError::StateDir { path, source }
@@ -122,14 +151,11 @@ impl Worker {
         // Absolute, since the runtimes hand paths to other programs.
         let state_dir = state_dir.canonicalize().map_err(failed(&state_dir))?;
         let run_dir = state_dir.join("run");
-        match fs::remove_dir_all(&run_dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(&run_dir)(error)),
-            Ok(()) | Err(_) => {}
-        }
-        fs::create_dir(&run_dir).map_err(failed(&run_dir))?;
+        fs::create_dir_all(&run_dir).map_err(failed(&run_dir))?;
+        let mount_layers = container::sweep_run_dirs(&run_dir, &living).map_err(failed(&run_dir))?;
         let hook_root = state_dir.join("hook");
-        let hook_dir = hook::extract(&hook_root).map_err(failed(&hook_root))?;
-        let mounts = MountLayers::open(state_dir.join("mounts"), content)
+        let hook_dir = hook::extract(&hook_root, !living.is_empty()).map_err(failed(&hook_root))?;
+        let mounts = MountLayers::open(state_dir.join("mounts"), content, &mount_layers)
             .map_err(|error| OpenError::Mounts { reason: chain(&error) })?;
         let builder = Builder::new(images.clone(), Arc::clone(&bundles), Arc::clone(&steps));
         let shared = Shared {
@@ -153,6 +179,7 @@ impl Worker {
         Ok(Self {
             shared: Arc::new(shared),
             builder,
+            found,
         })
     }
 
@@ -171,14 +198,24 @@ impl Worker {
         cancel: CancellationToken,
     ) {
         let (sightings, seen) = mpsc::channel(SIGHTINGS_QUEUE);
-        let state = Loop {
+        if !self.found.containers.is_empty() {
+            tracing::info!(
+                containers = self.found.containers.len(),
+                "containers of an earlier run were found"
+            );
+        }
+        let mut state = Loop {
             shared: self.shared,
-            reconciler: Reconciler::default(),
+            reconciler: Reconciler::new(self.found.containers.keys().copied()),
             tasks: JoinSet::new(),
             orders: HashMap::new(),
+            found: self.found.containers,
             sightings,
             outbox: VecDeque::new(),
         };
+        for stranger in self.found.strangers {
+            state.tasks.spawn(container::remove_stranger(stranger));
+        }
         state.run(desired, seen, reports, cancel).await;
     }
 }
@@ -190,6 +227,8 @@ struct Loop {
     tasks: JoinSet<()>,
     /// For each container that has a task.
     orders: HashMap<ContainerId, (TaskId, watch::Sender<Order>)>,
+    /// Neither adopted nor discarded yet.
+    found: BTreeMap<ContainerId, RunningContainer>,
     sightings: mpsc::Sender<Sighting>,
     /// Reports that wait for a slow receiver: at most two per container, see [`Self::report`].
     outbox: VecDeque<WorkerReport>,
@@ -259,6 +298,24 @@ impl Loop {
                     let task = self.tasks.spawn(container::live(shared, id, spec, orders, sightings));
                     self.orders.insert(id, (task.id(), order));
                 }
+                Action::Adopt { id, spec } => {
+                    let Some(container) = self.found.remove(&id) else {
+                        unreachable!("the reconciler was told of the found containers, and adopts each once")
+                    };
+                    let (order, orders) = watch::channel(Order::Run);
+                    let (shared, sightings) = (Arc::clone(&self.shared), self.sightings.clone());
+                    let adopted = container::adopt(shared, id, spec, container, orders, sightings);
+                    self.orders.insert(id, (self.tasks.spawn(adopted).id(), order));
+                }
+                Action::Discard { id } => {
+                    let Some(container) = self.found.remove(&id) else {
+                        unreachable!("the reconciler was told of the found containers, and discards each once")
+                    };
+                    let (order, _) = watch::channel(Order::Kill);
+                    let (shared, sightings) = (Arc::clone(&self.shared), self.sightings.clone());
+                    let discarded = container::discard(shared, id, container, sightings);
+                    self.orders.insert(id, (self.tasks.spawn(discarded).id(), order));
+                }
                 Action::Interrupt { id } => self.order(id, Order::Interrupt),
                 Action::Kill { id } => self.order(id, Order::Kill),
                 Action::Report(report) => self.report(report),
@@ -318,6 +375,11 @@ impl Loop {
         drop(seen);
         for id in self.orders.keys().copied().collect::<Vec<_>>() {
             self.order(id, Order::Kill);
+        }
+        // Nobody has said that they are wanted, and an orderly end leaves nothing behind.
+        for (id, container) in std::mem::take(&mut self.found) {
+            let discarded = container::discard(Arc::clone(&self.shared), id, container, self.sightings.clone());
+            self.tasks.spawn(discarded);
         }
         let ended = async {
             while let Some(result) = self.tasks.join_next().await {

@@ -103,6 +103,7 @@ async fn world(name: &str) -> Option<World> {
         state_dir: path("state"),
         logs,
         limits: WorkerLimits::for_host(),
+        found: Vec::new(),
         process_python: None,
     })
     .unwrap();

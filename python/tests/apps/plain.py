@@ -1,9 +1,11 @@
 """Functions without a web endpoint, which must not notice the launcher."""
 
 import asyncio
+import contextlib
 import multiprocessing
 import os
 import sys
+import time
 
 import modal
 
@@ -32,3 +34,19 @@ def spawned() -> list:
     # The children import the parent's main module by its name.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.map(abs, [-1, -2])
+
+
+@app.function()
+def slowly(seconds: float) -> str:
+    print("running")
+    time.sleep(seconds)
+    return "done"
+
+
+@app.function()
+def stubborn() -> None:
+    """Cannot be interrupted."""
+    print("running")
+    while True:
+        with contextlib.suppress(BaseException):
+            time.sleep(60)

@@ -5,6 +5,7 @@ use std::error::Error;
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, StatusCode};
+use ionian_control::DISK_FULL;
 use ionian_blobs::{BodyError, InvalidUrl, ReadError, StorageError, UploadError};
 
 /// The Python client looks for this sentence of S3's, and then tells its user that a file probably
@@ -117,13 +118,12 @@ impl Refusal {
     }
 
     fn storage(error: StorageError) -> Self {
-        let out_of_space = error.is_out_of_space();
-        let refusal = Self::internal(error);
-        if out_of_space {
-            let sentence = "the server's disk is full; ask its operator to make room";
-            return Self::new(StatusCode::INSUFFICIENT_STORAGE, sentence);
+        if error.is_out_of_space() {
+            // Its operator is told by the message, which names the file.
+            tracing::warn!(error = &error as &dyn Error, "a blob could not be stored: the disk is full");
+            return Self::new(StatusCode::INSUFFICIENT_STORAGE, DISK_FULL);
         }
-        refusal
+        Self::internal(error)
     }
 }
 

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use http::{HeaderMap, StatusCode};
 use ionian_control::Control;
-use ionian_control::containers::AnnouncedEndpoint;
+use ionian_domain::web::AnnouncedEndpoint;
 use serde::Deserialize;
 
 /// A class has at most some dozens of web methods.
@@ -47,6 +47,6 @@ pub(crate) async fn web_ready(
             port: endpoint.port,
         })
         .collect();
-    control.containers().announce(&entry, endpoints);
+    control.announce(&entry, endpoints);
     (StatusCode::OK, "ok")
 }

@@ -3,12 +3,25 @@
 //! Refusals are sent back rather than dropped, so that a program which tries a closed way (cloud SDKs look for
 //! a metadata service) fails at once. Only packets with a forged source are dropped in silence.
 
+use sha2::{Digest, Sha256};
+
 use super::{NetworkError, Subnet};
 use crate::command::{self, Input};
 
 /// Replaces the table, also one of an earlier run, in one transaction.
 pub(super) async fn create(table: &str, bridge: &str, subnet: Subnet) -> Result<(), NetworkError> {
     apply(&rules(table, bridge, subnet)).await
+}
+
+/// Stands for the rules that [`create`] would write.
+pub(super) fn digest(table: &str, bridge: &str, subnet: Subnet) -> String {
+    hex::encode(Sha256::digest(rules(table, bridge, subnet)))
+}
+
+/// Fails if an earlier process has left no such table. Closes the ports that it had opened, which may belong
+/// to someone else by now.
+pub(super) async fn take_over(table: &str) -> Result<(), NetworkError> {
+    apply(&format!("flush set inet {table} host_ports\n")).await
 }
 
 pub(super) async fn allow_host_port(table: &str, port: u16) -> Result<(), NetworkError> {

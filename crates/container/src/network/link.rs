@@ -101,6 +101,22 @@ pub(super) fn create_bridge(name: &str, seed: &str, subnet: Subnet, mtu: u32) ->
     })
 }
 
+/// Whether the interface is there and has the address.
+pub(super) fn has_address(name: &str, address: Ipv4Addr) -> Result<bool, NetworkError> {
+    let mut addresses = nix::ifaddrs::getifaddrs().map_err(|error| NetworkError::Io {
+        what: "list addresses".to_owned(),
+        source: error.into(),
+    })?;
+    Ok(addresses.any(|found| {
+        found.interface_name == name
+            && found
+                .address
+                .as_ref()
+                .and_then(|found| found.as_sockaddr_in())
+                .is_some_and(|found| found.ip() == address)
+    }))
+}
+
 /// Whether there was one.
 pub(super) fn delete(name: &str) -> Result<bool, NetworkError> {
     let Some(index) = find_index(name)? else {
@@ -169,6 +185,7 @@ fn create_namespace_on_this_thread(plan: &SlotPlan) -> Result<OwnedFd, NetworkEr
         let peer = LinkMessageBuilder::<LinkUnspec>::default()
             .name("eth0")
             .mtu(plan.mtu)
+            .address(hardware_address(plan.address))
             .setns_by_fd(namespace.as_raw_fd())
             .build();
         let veth = LinkVeth::new(&plan.host_link, "eth0")
@@ -211,6 +228,14 @@ fn create_namespace_on_this_thread(plan: &SlotPlan) -> Result<OwnedFd, NetworkEr
         inside.route().add(default).execute().await
     }))?;
     Ok(namespace.into())
+}
+
+/// Made from the address, so that what the host remembers of an address stays true for its next container: the
+/// bridge, and what is known of its neighbours, outlives them all. 02 marks it as locally made.
+fn hardware_address(address: Ipv4Addr) -> Vec<u8> {
+    let mut bytes = vec![0x02, 0x4a];
+    bytes.extend(address.octets());
+    bytes
 }
 
 /// For the namespace of the calling thread.

@@ -35,6 +35,10 @@ impl Subnet {
         }
     }
 
+    pub(crate) fn base(self) -> Ipv4Addr {
+        self.base
+    }
+
     pub fn prefix(self) -> u8 {
         self.prefix
     }
@@ -103,9 +107,11 @@ pub(super) fn lock_choice() -> Result<Flock<File>, NetworkError> {
 
 /// The first range of the pool, counted from a place that the instance's id gives, which overlaps with no
 /// route and is far from every name server (its own network may be reached through the default route alone).
+/// `preferred`, of the same pool, comes before all others.
 pub(super) fn choose(
     pool: AddressPool,
     seed: &str,
+    preferred: Option<Subnet>,
     routes: &[Route],
     nameservers: &[IpAddr],
 ) -> Result<Subnet, NetworkError> {
@@ -126,12 +132,14 @@ pub(super) fn choose(
         .filter(|route| route.prefix > 0)
         .chain(reserved)
         .collect();
-    (0..count)
-        .map(|offset| {
-            let index = (start + offset) % count;
-            let base = u32::from(pool.base()) + (index << (32 - AddressPool::INSTANCE_PREFIX));
-            Subnet::new(Ipv4Addr::from(base), AddressPool::INSTANCE_PREFIX)
-        })
+    let in_turn = (0..count).map(|offset| {
+        let index = (start + offset) % count;
+        let base = u32::from(pool.base()) + (index << (32 - AddressPool::INSTANCE_PREFIX));
+        Subnet::new(Ipv4Addr::from(base), AddressPool::INSTANCE_PREFIX)
+    });
+    preferred
+        .into_iter()
+        .chain(in_turn)
         .find(|subnet| !taken.iter().any(|route| overlaps(*subnet, *route)))
         .ok_or_else(|| NetworkError::PoolExhausted { pool: pool.to_string() })
 }
@@ -160,7 +168,8 @@ mod tests {
     fn chosen(routes: &[&str], nameservers: &[&str]) -> Result<String, NetworkError> {
         let routes: Vec<_> = routes.iter().map(|text| route(text)).collect();
         let nameservers: Vec<_> = nameservers.iter().map(|text| text.parse().unwrap()).collect();
-        choose("10.255.240.0/20".parse().unwrap(), "00000000", &routes, &nameservers).map(|subnet| subnet.to_string())
+        let pool = "10.255.240.0/20".parse().unwrap();
+        choose(pool, "00000000", None, &routes, &nameservers).map(|subnet| subnet.to_string())
     }
 
     #[test]
@@ -179,6 +188,17 @@ mod tests {
             chosen(&[], &["10.255.1.53"]).is_err(),
             "a name server's network is left alone"
         );
+    }
+
+    #[test]
+    fn the_last_choice_is_kept_while_it_is_free() {
+        let last = Subnet::new(Ipv4Addr::new(10, 255, 248, 0), AddressPool::INSTANCE_PREFIX);
+        let again = |routes: &[Route]| {
+            let pool = "10.255.240.0/20".parse().unwrap();
+            choose(pool, "00000000", Some(last), routes, &[]).unwrap().to_string()
+        };
+        assert_eq!(again(&[]), "10.255.248.0/22");
+        assert_eq!(again(&[route("10.255.250.0/24")]), "10.255.240.0/22");
     }
 
     #[test]

@@ -15,6 +15,8 @@ use super::{Inner, cgroup_of};
 use crate::bundle::BundlePaths;
 use crate::cgroup::{CgroupError, Hierarchies};
 use crate::config::ContainerConfig;
+use crate::keeper::record::Record;
+use crate::keeper::{self, Keeper};
 use crate::mounts;
 use crate::network::{self, Names, Slot};
 use crate::overlay::{MountGuard, unmount_or_detach};
@@ -33,6 +35,8 @@ pub(super) struct Leftovers {
     pub(super) paths: BundlePaths,
     pub(super) mount: Option<MountGuard>,
     pub(super) slot: Option<Slot>,
+    pub(super) keeper: Option<Arc<Keeper>>,
+    pub(super) may_be_adopted: bool,
     removed: bool,
 }
 
@@ -43,20 +47,19 @@ impl Leftovers {
             if live.shut_down {
                 return Err(StartError::ShutDown);
             }
-            if !live.names.insert(name.to_owned()) {
+            if live.adoptable.contains_key(name) || !live.names.insert(name.to_owned()) {
                 return Err(StartError::NameTaken { name: name.to_owned() });
             }
         }
-        let paths = BundlePaths {
-            directory: inner.config.containers_dir().join(name),
-            specification: inner.config.specifications_dir().join(name),
-        };
+        let paths = paths_of(&inner.config, name);
         let leftovers = Self {
             inner: Arc::clone(inner),
             name: name.to_owned(),
             paths: paths.clone(),
             mount: None,
             slot: None,
+            keeper: None,
+            may_be_adopted: false,
             removed: false,
         };
         for directory in [paths.directory, paths.specification] {
@@ -72,16 +75,41 @@ impl Leftovers {
         Ok(leftovers)
     }
 
+    /// Of a container of an earlier process, whose name has been moved to the live ones.
+    pub(super) fn taken_over(inner: &Arc<Inner>, name: &str, slot: Option<Slot>) -> Self {
+        let paths = paths_of(&inner.config, name);
+        Self {
+            inner: Arc::clone(inner),
+            name: name.to_owned(),
+            mount: Some(MountGuard::taken_over(paths.root())),
+            paths,
+            slot,
+            keeper: None,
+            may_be_adopted: true,
+            removed: false,
+        }
+    }
+
     /// Goes on after a failure, so that one stuck part does not keep the others; returns the first.
     fn remove_everything(&mut self) -> Result<(), DisposeError> {
         self.removed = true;
         let name = self.name.clone();
         let cgroup = self.inner.cgroup_of(&name);
         let failed = |error| cgroup_failure(&name, error);
-        let mut results = vec![
+        let mut results = Vec::new();
+        // Before the groups, so that it starts nothing in them any more.
+        if let Some(keeper) = self.keeper.take()
+            && !keeper.kill_and_wait(KILL_TIMEOUT)
+        {
+            results.push(Err(DisposeError::StillRunning {
+                name: name.clone(),
+                seconds: KILL_TIMEOUT.as_secs(),
+            }));
+        }
+        results.extend([
             self.inner.cgroups.kill_all(&cgroup).map(|_| ()).map_err(failed),
             self.inner.cgroups.remove(&cgroup).map(|_| ()).map_err(failed),
-        ];
+        ]);
         if let Some(mount) = self.mount.take() {
             let path = mount.path().to_owned();
             results.push(mount.unmount().map_err(|error| DisposeError::Unmount {
@@ -139,6 +167,25 @@ impl Remains for Leftovers {
     fn remove(mut self: Box<Self>) -> Result<(), DisposeError> {
         self.remove_everything()
     }
+
+    fn may_be_adopted(&self) -> bool {
+        self.may_be_adopted
+    }
+
+    fn leave(mut self: Box<Self>) {
+        self.removed = true;
+        if let Some(mount) = self.mount.take() {
+            mount.leave();
+        }
+        // The name and the address stay taken.
+        if let Some(slot) = self.slot.take() {
+            self.inner.live().released.push(slot);
+        }
+        // It is our child, and this process may go on.
+        if let Some(keeper) = self.keeper.take() {
+            tokio::spawn(async move { keeper.reap_when_ended().await });
+        }
+    }
 }
 
 impl Drop for Leftovers {
@@ -153,6 +200,8 @@ impl Drop for Leftovers {
             paths: self.paths.clone(),
             mount: self.mount.take(),
             slot: self.slot.take(),
+            keeper: self.keeper.take(),
+            may_be_adopted: false,
             removed: true,
         };
         let name = self.name.clone();
@@ -164,6 +213,13 @@ impl Drop for Leftovers {
         if let Err(error) = spawned {
             tracing::error!(container = %name, %error, "failed to start a thread that disposes of a container");
         }
+    }
+}
+
+pub(super) fn paths_of(config: &ContainerConfig, name: &str) -> BundlePaths {
+    BundlePaths {
+        directory: config.containers_dir().join(name),
+        specification: config.specifications_dir().join(name),
     }
 }
 
@@ -195,30 +251,47 @@ impl From<CgroupError> for ReapError {
     }
 }
 
-/// Removes everything of this instance but the containers in `live` and the interfaces in `links`: first the
-/// processes, then what they used. Blocks.
+/// What a [`reap`] leaves alone. Asked after each list has been read: who began in between is known by then.
+pub(super) struct Keep<'a> {
+    pub container: &'a dyn Fn(&str) -> bool,
+    pub links: &'a dyn Fn() -> BTreeSet<String>,
+}
+
+/// Removes everything of this instance but what it is told to keep: first the processes, then what they used.
+/// Blocks.
 pub(super) fn reap(
     config: &ContainerConfig,
     cgroups: &Hierarchies,
-    live: &BTreeSet<String>,
-    links: &BTreeSet<String>,
+    boot_id: &str,
+    keep: &Keep<'_>,
 ) -> Result<ReapReport, ReapError> {
     let mut report = ReapReport::default();
-    for name in cgroups.children(&config.cgroup_path())?.difference(live) {
-        let cgroup = cgroup_of(config, name);
+    let containers = config.containers_dir();
+    let read = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ReapError::Read { path, source }
+    };
+    let specifications = config.specifications_dir();
+    for name in names_in(&specifications).map_err(read(&specifications))? {
+        if !(keep.container)(&name)
+            && let Some(record) = Record::read(&specifications.join(&name), boot_id)
+        {
+            kill_keeper(&name, &record)?;
+        }
+    }
+    for name in cgroups.children(&config.cgroup_path())? {
+        if (keep.container)(&name) {
+            continue;
+        }
+        let cgroup = cgroup_of(config, &name);
         report.killed_processes += cgroups.kill_all(&cgroup)?;
         report.cgroups += cgroups.remove(&cgroup)?;
     }
-    let containers = config.containers_dir();
     let is_live = |path: &Path| {
         path.strip_prefix(&containers)
             .ok()
             .and_then(|path| path.iter().next())
-            .is_some_and(|name| live.contains(name.to_string_lossy().as_ref()))
-    };
-    let read = |path: &Path| {
-        let path = path.to_owned();
-        move |source| ReapError::Read { path, source }
+            .is_some_and(|name| (keep.container)(name.to_string_lossy().as_ref()))
     };
     for target in mounts::below(&containers).map_err(read(Path::new("/proc/self/mountinfo")))? {
         if !is_live(&target) {
@@ -226,14 +299,13 @@ pub(super) fn reap(
             report.mounts += 1;
         }
     }
-    report.interfaces = network::reap_links(&Names::of(config), links).map_err(ReapError::Network)?;
-    for parent in [containers.clone(), config.specifications_dir(), config.runc_root()] {
-        for entry in fs::read_dir(&parent).map_err(read(&parent))? {
-            let entry = entry.map_err(read(&parent))?;
-            if live.contains(entry.file_name().to_string_lossy().as_ref()) {
+    report.interfaces = network::reap_links(&Names::of(config), keep.links).map_err(ReapError::Network)?;
+    for parent in [containers.clone(), specifications, config.runc_root()] {
+        for name in names_in(&parent).map_err(read(&parent))? {
+            if (keep.container)(&name) {
                 continue;
             }
-            let path = entry.path();
+            let path = parent.join(&name);
             report.directories += usize::from(remove_directory(&path).map_err(|source| ReapError::Remove {
                 path: path.clone(),
                 source,
@@ -241,6 +313,25 @@ pub(super) fn reap(
         }
     }
     Ok(report)
+}
+
+fn names_in(directory: &Path) -> io::Result<Vec<String>> {
+    fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect()
+}
+
+fn kill_keeper(name: &str, record: &Record) -> Result<(), ReapError> {
+    let failed = |source| ReapError::Keeper {
+        name: name.to_owned(),
+        pid: record.keeper.pid,
+        source,
+    };
+    match keeper::kill_stray(&record.keeper, KILL_TIMEOUT) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(failed(io::Error::from(io::ErrorKind::TimedOut))),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 /// Whether there was one. Never crosses into what is still mounted below.

@@ -1,28 +1,29 @@
 //! The steps of one start, each timed, from a mounted root to a running first process.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ionian_domain::container::StartTimings;
 use rustix::fs::inotify;
 use tokio::io::unix::AsyncFd;
-use tokio::process::{Child, Command};
 
 use super::leftovers::Leftovers;
 use super::{Inner, run_blocking};
 use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths};
 use crate::descriptor;
+use crate::keeper::record::{ProcessIdentity, Record, StartedRecord};
+use crate::keeper::{self, Keeper, Kept, Readers};
 use crate::network::Slot;
 use crate::overlay::{MountGuard, WritableLayer, mount_overlay};
 use crate::passwd::{self, Identity};
-use crate::running::{ContainerHandle, OutputStream, Remains, Started, output_pipe};
+use crate::running::{ContainerHandle, MainProcess, OutputStream, Remains, Started};
 use crate::runtime::{Launch, NetworkMode, StartError, Upper};
 
 /// runc takes tens of milliseconds; minutes of swapping or a throttled CPU are not worth waiting for.
@@ -40,7 +41,7 @@ pub(super) struct Running {
     stderr: OutputStream,
     timings: StartTimings,
     handle: ContainerHandle,
-    child: Child,
+    kept: Kept,
 }
 
 impl Running {
@@ -53,7 +54,7 @@ impl Running {
             stderr,
             timings,
             handle,
-            child,
+            kept,
         } = self;
         Started {
             name,
@@ -63,7 +64,7 @@ impl Running {
             stderr,
             timings,
             handle,
-            child,
+            main: MainProcess::Kept(kept),
             remains,
         }
     }
@@ -110,15 +111,19 @@ pub(super) async fn start(
         NetworkMode::None | NetworkMode::Host => None,
     };
     let address = slot.as_ref().map(Slot::address);
-    let network = slot.as_ref().map(|slot| BundleNetwork {
-        namespace: slot.namespace_path(),
-        address: slot.address(),
-        resolv_conf: inner.network.resolv_conf(),
+    let network_record = slot.as_ref().map(Slot::record);
+    let network = slot.as_ref().and_then(|slot| {
+        Some(BundleNetwork {
+            namespace: slot.namespace_path()?,
+            address: slot.address(),
+            resolv_conf: inner.network.resolv_conf(),
+        })
     });
     leftovers.slot = slot;
     stopwatch.step("network");
 
     let cgroup = inner.cgroup_of(&name);
+    let outlives_us = launch.outlives_us;
     let prepared = {
         let paths = paths.clone();
         run_blocking(move || {
@@ -140,35 +145,26 @@ pub(super) async fn start(
         source,
     };
     let pid_file = PidFile::watch(&paths).map_err(prepare)?;
-    let (stdout, stdout_writer) = output_pipe().map_err(prepare)?;
-    let (stderr, stderr_writer) = output_pipe().map_err(prepare)?;
-    let mut child = Command::new(&inner.runc)
-        .arg("--root")
-        .arg(inner.config.runc_root())
-        .arg("--log")
-        .arg(paths.log())
-        .args(["--log-format", "json", "run"])
-        // What is known about the end (out of memory) is read before the control group goes.
-        .arg("--keep")
-        .arg("--bundle")
-        .arg(&paths.specification)
-        .arg("--pid-file")
-        .arg(paths.pid_file())
-        .arg(&name)
-        .stdin(Stdio::null())
-        .stdout(stdout_writer)
-        .stderr(stderr_writer)
-        // A Ctrl-C at the platform's terminal is not the containers'.
-        .process_group(0)
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|source| StartError::Spawn {
+    keeper::create_fifos(&paths.specification).map_err(prepare)?;
+    // Open before the keeper looks for a reader, and for as long as the container is ours.
+    let (stdout, stderr, readers) = Readers::open(&paths.specification).map_err(prepare)?;
+    let command = runc_command(inner, &paths, &name);
+    let keeper =
+        Keeper::spawn(&command, &paths.specification, &inner.inherited).map_err(|source| StartError::Spawn {
             name: name.clone(),
             program: inner.runc.clone(),
             source,
         })?;
+    // From here on the leftovers kill it.
+    let keeper = Arc::new(keeper);
+    leftovers.keeper = Some(Arc::clone(&keeper));
+    // Written before anything else of it, so that after a crash it is found and killed.
+    let identity = ProcessIdentity::of(keeper.pid()).map_err(prepare)?;
+    let mut record = Record::new(&inner.boot_id, identity);
+    record.write(&paths.specification).map_err(prepare)?;
+    let kept = Kept { keeper, readers };
 
-    let pid = match tokio::time::timeout(START_TIMEOUT, first_process(&mut child, &pid_file, &paths)).await {
+    let pid = match tokio::time::timeout(START_TIMEOUT, first_process(&kept.keeper, &pid_file, &paths)).await {
         Ok(Ok(Some(pid))) => pid,
         Ok(Ok(None)) => {
             return Err(StartError::Refused {
@@ -185,10 +181,28 @@ pub(super) async fn start(
         }
     };
     // The first process is runc's child until runc has seen its end, and then the number may be another's.
+    // runc is the keeper's, which is ours and not reaped yet.
+    let keeper_pid = kept.keeper.pid();
+    let mut first_process = ProcessIdentity::ended(pid);
     let handle = ContainerHandle::open(&name, pid, || {
-        child.id().is_some_and(|runc| parent_of(pid) == Some(runc))
+        let identity = ProcessIdentity::of(pid);
+        // Asked last: what has this parent now is what had the number before.
+        let belongs = parent_of(pid).and_then(parent_of) == Some(keeper_pid);
+        if let (true, Ok(identity)) = (belongs, identity) {
+            first_process = identity;
+        }
+        belongs
     })
     .map_err(prepare)?;
+    if outlives_us {
+        leftovers.may_be_adopted = true;
+        record.started = Some(StartedRecord {
+            outlives_us,
+            first_process,
+            network: network_record,
+        });
+        record.write(&paths.specification).map_err(prepare)?;
+    }
     stopwatch.step("runc");
     Ok(Running {
         name,
@@ -198,8 +212,28 @@ pub(super) async fn start(
         stderr,
         timings: stopwatch.timings,
         handle,
-        child,
+        kept,
     })
+}
+
+fn runc_command(inner: &Inner, paths: &BundlePaths, name: &str) -> Vec<OsString> {
+    vec![
+        inner.runc.clone().into(),
+        "--root".into(),
+        inner.config.runc_root().into(),
+        "--log".into(),
+        paths.log().into(),
+        "--log-format".into(),
+        "json".into(),
+        "run".into(),
+        // What is known about the end (out of memory) is read before the control group goes.
+        "--keep".into(),
+        "--bundle".into(),
+        paths.specification.clone().into(),
+        "--pid-file".into(),
+        paths.pid_file().into(),
+        name.into(),
+    ]
 }
 
 fn mount_root(launch: &Launch, paths: &BundlePaths) -> Result<MountGuard, StartError> {
@@ -295,10 +329,10 @@ impl PidFile {
 }
 
 /// The first process's number; `None` if runc ended without having started one.
-async fn first_process(child: &mut Child, pid_file: &PidFile, paths: &BundlePaths) -> io::Result<Option<i32>> {
+async fn first_process(keeper: &Keeper, pid_file: &PidFile, paths: &BundlePaths) -> io::Result<Option<i32>> {
     tokio::select! {
         written = pid_file.written() => written?,
-        ended = child.wait() => { ended?; }
+        ended = keeper.ended() => ended?,
     }
     match fs::read_to_string(paths.pid_file()) {
         Ok(text) => text.trim().parse().map(Some).map_err(io::Error::other),
@@ -307,7 +341,7 @@ async fn first_process(child: &mut Child, pid_file: &PidFile, paths: &BundlePath
     }
 }
 
-fn parent_of(pid: i32) -> Option<u32> {
+fn parent_of(pid: i32) -> Option<i32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status
         .lines()

@@ -11,6 +11,7 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ionian_domain::log::{LogEntry, LogStream};
@@ -94,6 +95,8 @@ pub struct Logs {
     root: Arc<PathBuf>,
     /// References are handed out under this lock only, so that what nobody holds can be dropped.
     apps: Arc<Mutex<HashMap<AppId, Arc<App>>>>,
+    /// The last entries could not be written.
+    failing: Arc<AtomicBool>,
 }
 
 impl std::fmt::Debug for Logs {
@@ -111,6 +114,7 @@ impl Logs {
         Ok(Self {
             root: Arc::new(root),
             apps: Arc::default(),
+            failing: Arc::default(),
         })
     }
 
@@ -167,13 +171,29 @@ impl Logs {
             }
             for (app_id, entries) in by_app {
                 let app = logs.load(app_id);
-                if let Err(error) = app.log.lock().append(entries) {
-                    tracing::error!(app = %app_id, error = &error as &dyn std::error::Error, "log entries were lost");
-                }
+                let written = app.log.lock().append(entries);
+                logs.report(app_id, written);
                 app.changed.send_replace(());
             }
         })
         .await;
+    }
+
+    /// Says once that entries do not reach the disk, and once that they do again. Followers see them all the
+    /// same; whoever asks later does not.
+    fn report(&self, app_id: AppId, written: std::io::Result<()>) {
+        let failed = written.is_err();
+        let was_failing = self.failing.swap(failed, Ordering::Relaxed);
+        match written {
+            Err(error) if !was_failing => tracing::error!(
+                app = %app_id,
+                dir = %self.root.display(),
+                error = &error as &dyn std::error::Error,
+                "log entries are lost: the log directory cannot be written to"
+            ),
+            Ok(()) if was_failing => tracing::info!("log entries are kept again"),
+            Ok(()) | Err(_) => {}
+        }
     }
 
     /// A line of the platform's own, in a container's log.

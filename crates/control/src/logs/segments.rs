@@ -78,8 +78,18 @@ impl Segments {
         )
     }
 
-    /// Appends lines whose first has the number `first`.
+    /// Appends lines whose first has the number `first`. After a failure, which may have left half a line, the
+    /// next lines begin a segment of their own.
     pub(super) fn write(&mut self, first: u64, lines: &[u8], newest: Timestamp) -> std::io::Result<()> {
+        let written = self.try_write(first, lines, newest);
+        if written.is_err() {
+            self.open = None;
+            self.is_whole = false;
+        }
+        written
+    }
+
+    fn try_write(&mut self, first: u64, lines: &[u8], newest: Timestamp) -> std::io::Result<()> {
         let full = self.all.back().is_none_or(|segment| segment.bytes >= SEGMENT_BYTES);
         if self.open.is_none()
             && !full

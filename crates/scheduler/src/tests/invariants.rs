@@ -11,7 +11,7 @@ use ionian_domain::{ContainerId, FunctionId, InputId, Timestamp};
 use super::record::Record;
 use crate::event::{Event, PollId, ReplyId};
 use crate::placement::START_BURST;
-use crate::state::{InputState, Phase, State};
+use crate::state::{Container, InputState, Phase, State};
 use crate::turn::{Reply, Turn};
 
 /// What was true before a turn, as far as the turn is judged by it.
@@ -22,11 +22,13 @@ pub(super) struct Before {
     ending: BTreeSet<ContainerId>,
     polls: BTreeMap<PollId, (ContainerId, u32)>,
     asked: BTreeMap<ReplyId, Asked>,
+    containers: BTreeSet<ContainerId>,
 }
 
 enum Asked {
     Call(ionian_domain::CallId, Vec<InputId>),
     Inputs(Vec<InputId>),
+    Outputs(ContainerId),
     Other,
 }
 
@@ -34,6 +36,7 @@ impl Before {
     pub(super) fn note(state: &State, events: &[Event]) -> Self {
         let mut before = Self::default();
         for (id, container) in &state.containers {
+            before.containers.insert(*id);
             if !container.is_live() {
                 before.ending.insert(*id);
             }
@@ -48,6 +51,11 @@ impl Before {
                         .asked
                         .insert(*reply, Asked::Call(call.id, inputs.iter().map(|i| i.id).collect()));
                 }
+                Event::OutputsReported {
+                    container_id, reply, ..
+                } => {
+                    before.asked.insert(*reply, Asked::Outputs(*container_id));
+                }
                 Event::InputsPut { inputs, reply, .. } => {
                     before
                         .asked
@@ -55,7 +63,6 @@ impl Before {
                 }
                 Event::CallInputsFinished { reply, .. }
                 | Event::CallCancelled { reply, .. }
-                | Event::OutputsReported { reply, .. }
                 | Event::ContainerFailed { reply, .. }
                 | Event::ContainerStopRequested { reply, .. }
                 | Event::AutoscalerUpdated { reply, .. } => {
@@ -96,21 +103,21 @@ pub(super) fn check(
     before: &Before,
     turn: &Turn,
 ) -> Result<(), String> {
+    if before.is_recovering {
+        return before_recovery(state, turn);
+    }
     answers(state, record, before, turn)?;
     let recorded: BTreeSet<&ContainerId> = record.live_containers().collect();
     let known: BTreeSet<&ContainerId> = state.containers.keys().collect();
-    ensure(
-        known == recorded || before.is_recovering && known.is_subset(&recorded),
-        || "the containers differ from those that the record says exist".to_owned(),
-    )?;
-    if !before.is_recovering {
-        inputs(state, record, now)?;
-        calls(state, record)?;
-    }
+    ensure(known == recorded, || {
+        "the containers differ from those that the record says exist".to_owned()
+    })?;
+    inputs(state, record, now)?;
+    calls(state, record)?;
     pools(state, now)?;
     containers(state, now)?;
-    machine(state, now)?;
-    starts(state, turn)?;
+    workers(state, now)?;
+    starts(state, now, turn)?;
     time(state, now, turn)
 }
 
@@ -129,6 +136,14 @@ fn answers(state: &State, record: &Record, before: &Before, turn: &Turn) -> Resu
                 let (call, inputs) = match &before.asked[id] {
                     Asked::Call(call, inputs) => (Some(call), inputs.as_slice()),
                     Asked::Inputs(inputs) => (None, inputs.as_slice()),
+                    Asked::Outputs(container_id) => {
+                        let is_known =
+                            before.containers.contains(container_id) || state.containers.contains_key(container_id);
+                        ensure(is_known, || {
+                            format!("the report of {container_id} was taken, which is fenced")
+                        })?;
+                        (None, &[][..])
+                    }
                     Asked::Other => (None, &[][..]),
                 };
                 if let Some(call) = call {
@@ -347,7 +362,9 @@ fn containers(state: &State, now: Timestamp) -> Result<(), String> {
             format!("{id} is idle: {is_idle}")
         })?;
         ensure(
-            container.poll.is_none() || matches!(container.phase, Phase::Ready | Phase::Draining { .. }),
+            container.poll.is_none()
+                || container.awaits_worker()
+                || matches!(container.phase, Phase::Ready | Phase::Draining { .. }),
             || format!("{id} keeps a poll in {:?}", container.phase),
         )?;
     }
@@ -359,29 +376,48 @@ fn containers(state: &State, now: Timestamp) -> Result<(), String> {
     Ok(())
 }
 
-/// The machine is not given more than it has.
-fn machine(state: &State, now: Timestamp) -> Result<(), String> {
-    let cpu: u64 = state.containers.values().map(|c| u64::from(c.cpu_millis)).sum();
-    let memory: u64 = state.containers.values().map(|c| u64::from(c.memory_mib)).sum();
-    let fits = cpu <= u64::from(state.config.cpu_millis) && memory <= u64::from(state.config.memory_mib);
-    ensure(fits || state.containers.len() == 1, || {
-        format!("the machine is over its resources: {cpu} and {memory}")
-    })?;
-    let starting = state
-        .containers
-        .values()
-        .filter(|c| matches!(c.phase, Phase::Starting { .. }) && now.since(c.created_at) < START_BURST)
-        .count();
-    ensure(starting <= state.config.max_starting as usize, || {
-        format!("{starting} containers start at once")
-    })
+/// Before the record is read nothing starts, ends or is decided.
+fn before_recovery(state: &State, turn: &Turn) -> Result<(), String> {
+    let is_silent = turn.writes.is_empty() && turn.replies.is_empty() && turn.commands.is_empty();
+    ensure(
+        is_silent && state.containers.is_empty() && !turn.desired_changed,
+        || "something was decided before the record was read".to_owned(),
+    )
 }
 
-/// No container starts beyond its pool's maximum. One that ends counts until it is gone.
-fn starts(state: &State, turn: &Turn) -> Result<(), String> {
+/// Who is silent for too long is given up, and has no containers then.
+fn workers(state: &State, now: Timestamp) -> Result<(), String> {
+    let silences: BTreeSet<_> = state
+        .workers
+        .iter()
+        .filter(|(_, worker)| !worker.is_silent)
+        .map(|(id, worker)| (worker.heard_at, *id))
+        .collect();
+    ensure(silences == state.silences, || {
+        "workers are not indexed by their last sign of life".to_owned()
+    })?;
+    for (id, worker) in &state.workers {
+        ensure(
+            worker.is_silent || now < worker.heard_at + state.config.worker_silence,
+            || format!("{id} was silent for too long and is waited for"),
+        )?;
+    }
+    for (id, container) in &state.containers {
+        let Some(worker) = state.workers.get(&container.worker_id) else {
+            return Err(format!("{id} is on a worker that nobody knows"));
+        };
+        ensure(!worker.is_silent, || format!("{id} is on a worker that was given up"))?;
+    }
+    Ok(())
+}
+
+/// No container starts beyond its pool's maximum, its worker's resources, or its worker's limit of starts.
+/// One that ends counts until it is gone.
+fn starts(state: &State, now: Timestamp, turn: &Turn) -> Result<(), String> {
     for write in &turn.writes {
         let Write::ContainerCreated {
             container_id,
+            worker_id,
             function_id,
             ..
         } = write
@@ -397,6 +433,34 @@ fn starts(state: &State, turn: &Turn) -> Result<(), String> {
         ensure(same <= pool.settings.maximum() as usize, || {
             format!("{container_id} made {function_id} larger than its maximum")
         })?;
+        let capacity = state.workers.get(worker_id).and_then(|worker| worker.capacity);
+        let Some(capacity) = capacity else {
+            return Err(format!("{container_id} starts on {worker_id}, which did not connect"));
+        };
+        let there: Vec<&Container> = state
+            .containers
+            .values()
+            .filter(|container| container.worker_id == *worker_id)
+            .collect();
+        let cpu: u64 = there.iter().map(|c| u64::from(c.cpu_millis)).sum();
+        let memory: u64 = there.iter().map(|c| u64::from(c.memory_mib)).sum();
+        let fits = cpu <= u64::from(capacity.cpu_millis) && memory <= u64::from(capacity.memory_mib);
+        let fits_elsewhere = state
+            .workers
+            .values()
+            .filter(|worker| !worker.is_silent)
+            .filter_map(|worker| worker.capacity)
+            .any(|other| other.cpu_millis >= pool.settings.cpu_millis && other.memory_mib >= pool.settings.memory_mib);
+        ensure(fits || there.len() == 1 && !fits_elsewhere, || {
+            format!("{worker_id} is over its resources: {cpu} and {memory}")
+        })?;
+        let starting = there
+            .iter()
+            .filter(|c| matches!(c.phase, Phase::Starting { .. }) && now.since(c.created_at) < START_BURST)
+            .count();
+        ensure(starting <= capacity.max_starting as usize, || {
+            format!("{starting} containers start at once on {worker_id}")
+        })?;
     }
     Ok(())
 }
@@ -406,9 +470,12 @@ fn time(state: &State, now: Timestamp, turn: &Turn) -> Result<(), String> {
     ensure(turn.wake_at.is_none_or(|at| at > now), || {
         "the next turn is due in the past".to_owned()
     })?;
-    let waits = state.deadlines.first().map(|(at, _)| *at);
+    let waits = [state.deadlines.first().map(|(at, _)| *at), state.next_silence()];
     ensure(
-        waits.is_none_or(|at| turn.wake_at.is_some_and(|wake| wake <= at)),
+        waits
+            .into_iter()
+            .flatten()
+            .all(|at| turn.wake_at.is_some_and(|wake| wake <= at)),
         || "the next turn comes after a deadline".to_owned(),
     )
 }

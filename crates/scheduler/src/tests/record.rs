@@ -50,6 +50,7 @@ struct ContainerRow {
     app_id: AppId,
     function_id: FunctionId,
     created_at: Timestamp,
+    web_ready_at: Option<Timestamp>,
     position: usize,
 }
 
@@ -97,6 +98,13 @@ impl Record {
 
     pub(super) fn live_containers(&self) -> impl Iterator<Item = &ContainerId> {
         self.live.keys()
+    }
+
+    /// Notes that a container's web endpoints are known, as the platform does behind the announcement.
+    pub(super) fn web_ready(&mut self, container_id: ContainerId, at: Timestamp) {
+        if let Some(row) = self.live.get_mut(&container_id) {
+            row.web_ready_at = Some(at);
+        }
     }
 
     fn position(&mut self) -> usize {
@@ -234,6 +242,7 @@ impl Record {
                     app_id: *app_id,
                     function_id: *function_id,
                     created_at: *at,
+                    web_ready_at: None,
                     position,
                 };
                 unless(self.live.insert(*container_id, row).is_some(), "the container exists")?;
@@ -286,7 +295,7 @@ impl Record {
                     app_id: row.app_id,
                     function_id: row.function_id,
                     created_at: row.created_at,
-                    web_ready_at: None,
+                    web_ready_at: row.web_ready_at,
                 })
                 .collect(),
         }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ionian_domain::call::{Call, CallKind, InputPayload, Invocation, Payload};
 use ionian_domain::function::{Autoscaler, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
-use ionian_domain::record::NewInput;
+use ionian_domain::record::{NewInput, Recovered};
 use ionian_domain::{ContainerId, FunctionId, Outcome, Timestamp};
 
 use super::ids::numbered;
@@ -91,7 +91,11 @@ fn cancelling_a_large_map_is_not_quadratic() {
         let function_id = numbered(1);
         scheduler.handle(
             Timestamp(0),
-            vec![activated(function_id), map(function_id, inputs)],
+            vec![
+                Event::Recovered(Recovered::default()),
+                activated(function_id),
+                map(function_id, inputs),
+            ],
             &mut fresh,
         );
         let outcome = Outcome::decided(OutcomeStatus::Terminated, "cancelled");
@@ -120,7 +124,8 @@ fn a_turn_does_not_cost_more_where_there_are_more_functions() {
     let tick = |functions: u64| {
         let mut scheduler = Scheduler::new(Config::default());
         let mut fresh = || -> ContainerId { unreachable!("nothing asks for a container") };
-        let events = (0..functions).map(|number| activated(numbered(number))).collect();
+        let mut events: Vec<Event> = (0..functions).map(|number| activated(numbered(number))).collect();
+        events.push(Event::Recovered(Recovered::default()));
         scheduler.handle(Timestamp(0), events, &mut fresh);
         let started = Instant::now();
         for number in 0..200 {

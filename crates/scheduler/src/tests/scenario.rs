@@ -1,5 +1,7 @@
 //! Scenarios: a short story in lines, and what the scheduler decided after each.
 //!
+//! The desired set is shown where it changed; a container on another worker than `w` says where.
+//!
 //! A line is a turn; ` & ` joins what arrives in the same turn. Containers are named `A`, `B`, … in the
 //! order of their start, the inputs of call `c` are `c.0`, `c.1`, …
 //!
@@ -18,8 +20,15 @@
 //! | `stop A` / `drain A` | somebody asks for it |
 //! | `+5s` | time passes; due turns are shown |
 //! | `gone f` | its app was stopped, and the server dies before the scheduler hears of it |
-//! | `restart` | the server is killed, and recovers from what was recorded |
+//! | `restart` | the server is killed and recovers from what was recorded; the worker `w` connects |
+//! | `restart alone` | the same, and no worker connects |
 //! | `restart slowly` | the same, with a turn before the record is read |
+//! | `worker w cpu=1000 memory=500 starts=1` | a worker connects; `w` is there from the beginning |
+//! | `heard w` / `started A` | a sign of life; the worker says that the container runs |
+//! | `away 5m` | time passes, and the server is down |
+//! | `announced A` | its web endpoints were noted |
+//! | `desired` | shows the desired set, with a `!` at containers that must exist already |
+//! | `silence 30s` | from now on, what is silent for so long is given up |
 //! | `shutdown` | |
 
 use std::collections::BTreeMap;
@@ -31,8 +40,8 @@ use ionian_domain::call::{AttemptNumber, CallKind};
 use ionian_domain::container::{ContainerExit, StopReason};
 use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
-use ionian_domain::record::NewInput;
-use ionian_domain::worker::DesiredState;
+use ionian_domain::record::{NewInput, Recovered};
+use ionian_domain::worker::{DesiredState, WorkerCapacity};
 use ionian_domain::{Outcome, Timestamp};
 
 use super::invariants::{self, Before};
@@ -61,26 +70,30 @@ struct Story {
     next_container: u8,
     next_number: u64,
     polls: BTreeMap<String, Vec<PollId>>,
+    /// The desired set as it was last shown.
+    told: String,
     text: String,
 }
 
-/// Two cores, two starts at a time, short grace times.
+/// Short grace times.
 fn config() -> Config {
     Config {
-        cpu_millis: 2_000,
-        memory_mib: 2_000,
-        max_starting: 2,
         max_queued_inputs: 10,
         drain_grace: Duration::from_secs(30),
         stop_grace: Duration::from_secs(10),
         cancel_grace: Duration::from_secs(5),
+        // Scenarios that are not about silence need no signs of life.
+        worker_silence: Duration::from_hours(100_000),
     }
 }
 
 impl Story {
     fn new() -> Self {
+        let mut scheduler = Scheduler::new(config());
+        let events = vec![Event::Recovered(Recovered::default()), worker_connected("w", &[])];
+        scheduler.handle(Timestamp(0), events, &mut || unreachable!("nothing runs"));
         Self {
-            scheduler: Scheduler::new(config()),
+            scheduler,
             record: Record::default(),
             now: Timestamp(0),
             wake_at: None,
@@ -89,6 +102,7 @@ impl Story {
             next_container: 0,
             next_number: 0,
             polls: BTreeMap::new(),
+            told: "nothing".to_owned(),
             text: String::new(),
         }
     }
@@ -107,8 +121,28 @@ impl Story {
             self.functions.remove(function);
             return;
         }
+        if line == "desired" {
+            let desired = self.desired(true);
+            writeln!(self.text, "    desired: {desired}").unwrap();
+            return;
+        }
+        if let Some(time) = line.strip_prefix("silence ") {
+            self.scheduler.state.config.worker_silence = duration(time);
+            return;
+        }
+        if let Some(time) = line.strip_prefix("away ") {
+            // Nobody looks at the clock.
+            self.now = self.now + duration(time);
+            return;
+        }
+        if let Some(container) = line.strip_prefix("announced ") {
+            self.record.web_ready(id(container), self.now);
+            return;
+        }
         if line.starts_with("restart") {
-            self.scheduler = Scheduler::new(config());
+            let config = self.scheduler.state.config.clone();
+            self.told = "nothing".to_owned();
+            self.scheduler = Scheduler::new(config);
             let mut events: Vec<Event> = self
                 .functions
                 .iter()
@@ -121,7 +155,10 @@ impl Story {
                 self.turn("restart: functions", std::mem::take(&mut events));
             }
             events.push(Event::Recovered(self.record.recovered()));
-            self.turn("restart", events);
+            if line != "restart alone" {
+                events.push(worker_connected("w", &[]));
+            }
+            self.turn(line, events);
             return;
         }
         let events = line.split(" & ").map(|part| self.event(part)).collect();
@@ -299,6 +336,11 @@ impl Story {
                 reply,
             },
             ["shutdown"] => Event::ShuttingDown,
+            ["worker", name, capacity @ ..] => worker_connected(name, capacity),
+            ["heard", name] => Event::WorkerHeard { worker_id: id(name) },
+            ["started", container] => Event::WorkerStarted {
+                container_id: id(container),
+            },
             _ => panic!("the story has no such line: {line}"),
         }
     }
@@ -429,26 +471,42 @@ impl Story {
             }
         }
         if turn.desired_changed {
-            let desired: Vec<String> = self
-                .scheduler
-                .desired()
-                .iter()
-                .map(|entry| {
-                    let container = name(entry.container_id);
-                    match entry.state {
-                        DesiredState::Running => container,
-                        DesiredState::Stopped { grace, reason } => {
-                            format!("{container} stopped in {}s ({reason:?})", grace.as_secs_f64())
-                        }
+            let desired = self.desired(false);
+            // An exit is acknowledged by the set without its container, however often it is told.
+            if self.told != desired || line.contains("exit ") {
+                writeln!(self.text, "    desired: {desired}").unwrap();
+                self.told = desired;
+            }
+        }
+    }
+
+    /// The desired set; with a mark on what must exist already, where that is asked for.
+    fn desired(&self, with_marks: bool) -> String {
+        let desired: Vec<String> = self
+            .scheduler
+            .desired()
+            .iter()
+            .map(|entry| {
+                let mut container = name(entry.container_id);
+                if entry.must_exist && with_marks {
+                    container.push('!');
+                }
+                let worker = name(entry.worker_id);
+                if worker != "w" {
+                    container = format!("{container} on {worker}");
+                }
+                match entry.state {
+                    DesiredState::Running => container,
+                    DesiredState::Stopped { grace, reason } => {
+                        format!("{container} stopped in {}s ({reason:?})", grace.as_secs_f64())
                     }
-                })
-                .collect();
-            let desired = if desired.is_empty() {
-                "nothing".to_owned()
-            } else {
-                desired.join(", ")
-            };
-            writeln!(self.text, "    desired: {desired}").unwrap();
+                }
+            })
+            .collect();
+        if desired.is_empty() {
+            "nothing".to_owned()
+        } else {
+            desired.join(", ")
         }
     }
 
@@ -470,6 +528,29 @@ impl Story {
             Reply::KillSwitch { poll } => format!("{} ends itself", of(poll)),
             Reply::Empty { poll } => format!("{} asks again", of(poll)),
         }
+    }
+}
+
+/// Two cores and two starts at a time, if nothing else is said.
+fn worker_connected(name: &str, words: &[&str]) -> Event {
+    let mut capacity = WorkerCapacity {
+        cpu_millis: 2_000,
+        memory_mib: 2_000,
+        max_starting: 2,
+    };
+    for word in words {
+        let (key, value) = word.split_once('=').unwrap();
+        let value = value.parse().unwrap();
+        match key {
+            "cpu" => capacity.cpu_millis = value,
+            "memory" => capacity.memory_mib = value,
+            "starts" => capacity.max_starting = value,
+            _ => panic!("a worker has no such setting: {word}"),
+        }
+    }
+    Event::WorkerConnected {
+        worker_id: id(name),
+        capacity,
     }
 }
 

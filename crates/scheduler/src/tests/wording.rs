@@ -57,10 +57,17 @@ pub(super) fn written(write: &Write) -> String {
         Write::CallConsumed { call_id } => format!("{} was read", name(*call_id)),
         Write::ContainerCreated {
             container_id,
+            worker_id,
             function_id,
             ..
         } => {
-            format!("{} for {}", name(*container_id), name(*function_id))
+            let worker = name(*worker_id);
+            let place = if worker == "w" {
+                String::new()
+            } else {
+                format!(" on {worker}")
+            };
+            format!("{} for {}{place}", name(*container_id), name(*function_id))
         }
         Write::ContainerEnded { container_id, .. } => format!("{} ended", name(*container_id)),
     }

@@ -41,7 +41,7 @@ impl WorkerSetup {
     }
 }
 
-pub(super) fn worker(
+pub(super) async fn worker(
     config: &Config,
     runtime: Arc<dyn Runtime>,
     layers: LayerStore,
@@ -85,6 +85,10 @@ pub(super) fn worker(
         binds,
         ..ClientBundlesConfig::default()
     }));
+    let mut found = Vec::new();
+    for name in runtime.adoptable() {
+        found.extend(runtime.adopt(&name).await);
+    }
     let process_python = config.process_python.clone();
     let (open_images, open_steps, open_bundles) = (images.clone(), Arc::clone(&steps), Arc::clone(&bundles));
     let builder = ionian_worker::Builder::new(images, bundles, steps);
@@ -98,6 +102,7 @@ pub(super) fn worker(
             state_dir: state_dir.join("containers"),
             logs,
             limits: WorkerLimits::for_host(),
+            found,
             process_python,
         })
         .context("cannot open the worker")

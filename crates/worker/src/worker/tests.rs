@@ -3,7 +3,7 @@
 
 use std::time::Instant as StdInstant;
 
-use ionian_container::ProcessRuntime;
+use ionian_container::{Launch, NetworkMode, ProcessRuntime, Rootfs};
 use ionian_domain::VolumeId;
 use ionian_domain::container::{ContainerSpec, RuntimeKind, StopReason};
 use ionian_domain::function::VolumeMount;
@@ -50,9 +50,13 @@ impl World {
     }
 
     fn with_concurrent_starts(concurrent_starts: usize) -> Self {
-        let root = tempfile::tempdir().unwrap();
+        Self::open(tempfile::tempdir().unwrap(), concurrent_starts, Vec::new())
+    }
+
+    /// `found` is what an earlier process left.
+    fn open(root: tempfile::TempDir, concurrent_starts: usize, found: Vec<RunningContainer>) -> Self {
         let path = |name: &str| root.path().join(name);
-        fs::create_dir(path("content")).unwrap();
+        fs::create_dir_all(path("content")).unwrap();
         let python = path("python");
         // Its arguments are those of Python; what it does comes in a variable of the function.
         fs::write(&python, "#!/bin/sh\neval \"$SCRIPT\"\n").unwrap();
@@ -86,6 +90,7 @@ impl World {
                 concurrent_starts,
                 ..WorkerLimits::for_host()
             },
+            found,
             process_python: Some(python),
         })
         .unwrap();
@@ -113,6 +118,21 @@ impl World {
                 must_exist: false,
             })
             .collect();
+        self.desire_all(containers);
+    }
+
+    /// Containers that were reported as started once.
+    fn desire_known(&self, ids: &[ContainerId], spec: &Arc<ContainerSpec>) {
+        let known = |id: &ContainerId| DesiredContainer {
+            id: *id,
+            spec: Arc::clone(spec),
+            state: RUNNING,
+            must_exist: true,
+        };
+        self.desire_all(ids.iter().map(known).collect());
+    }
+
+    fn desire_all(&self, containers: Vec<DesiredContainer>) {
         self.desired.send_modify(|set| {
             *set = DesiredSet {
                 generation: Generation(set.generation.0 + 1),
@@ -164,6 +184,18 @@ impl World {
         tokio::time::timeout(PATIENCE, self.running).await.unwrap().unwrap();
         self.root
     }
+}
+
+/// A container as an earlier process of the worker left it: it runs, and has a directory.
+async fn left_behind(root: &Path, id: ContainerId, script: &str) -> RunningContainer {
+    let run_dir = root.join("state/run").join(id.to_string());
+    fs::create_dir_all(&run_dir).unwrap();
+    fs::write(run_dir.join("arguments.bin"), "arguments").unwrap();
+    let argv = ["/bin/sh", "-c", script].map(str::to_owned).to_vec();
+    let mut launch = Launch::new(id.to_string(), Rootfs::host(), argv);
+    launch.network = NetworkMode::Host;
+    launch.env = vec![("PATH".to_owned(), std::env::var("PATH").unwrap())];
+    ProcessRuntime::new().start(launch).await.unwrap()
 }
 
 fn script(script: &str) -> Arc<ContainerSpec> {
@@ -432,4 +464,78 @@ async fn many_containers_at_once() {
     }
     assert_eq!(world.said_so_far().lines().count(), ids.len());
     world.shut_down().await;
+}
+
+#[tokio::test]
+async fn what_the_first_set_names_is_adopted_and_the_rest_removed() {
+    let root = tempfile::tempdir().unwrap();
+    let (kept, ended, unwanted, missing) = (
+        ContainerId::generate(),
+        ContainerId::generate(),
+        ContainerId::generate(),
+        ContainerId::generate(),
+    );
+    let found = vec![
+        left_behind(
+            root.path(),
+            kept,
+            "trap 'echo bye; exit 7' INT; echo ready; sleep 60 & wait $!",
+        )
+        .await,
+        left_behind(root.path(), ended, "echo last words; exit 3").await,
+        left_behind(root.path(), unwanted, "sleep 60").await,
+    ];
+    let unwanted_pid = found[2].pid;
+    fs::create_dir_all(root.path().join("state/run").join(ContainerId::generate().to_string())).unwrap();
+    let mut world = World::open(root, 4, found);
+    assert_eq!(
+        world.run_dirs(),
+        3,
+        "only the directories of containers that were found are kept"
+    );
+    let spec = script("echo never");
+    // Nothing has been said: nothing ends.
+    world.desired.send_modify(|_| ());
+    world.desire_known(&[kept, ended, missing], &spec);
+    let (mut started, mut exits) = (BTreeSet::new(), BTreeMap::new());
+    while started.len() < 2 || exits.len() < 2 {
+        match world.report().await {
+            WorkerReport::Started(report) => drop(started.insert(report.container_id)),
+            WorkerReport::Exited { container_id, exit } => drop(exits.insert(container_id, exit)),
+        }
+    }
+    assert_eq!(started, BTreeSet::from([kept, ended]));
+    let expected = [
+        (ended, ContainerExit::Exited { code: 3 }),
+        (missing, ContainerExit::Lost),
+    ];
+    assert_eq!(exits, BTreeMap::from(expected));
+    world.said("ready").await;
+    world.said("last words").await;
+    let process = Path::new("/proc").join(unwanted_pid.to_string());
+    let deadline = StdInstant::now() + PATIENCE;
+    while process.exists() || world.run_dirs() > 1 {
+        assert!(StdInstant::now() < deadline, "it still runs");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // From here on it is a container like any other.
+    world.desire(&[(kept, &spec, stopped(PATIENCE))]);
+    assert_eq!(world.exit(kept).await, ContainerExit::Exited { code: 7 });
+    world.said("bye").await;
+    world.shut_down().await;
+}
+
+#[tokio::test]
+async fn an_orderly_end_also_ends_what_was_never_named() {
+    let root = tempfile::tempdir().unwrap();
+    let id = ContainerId::generate();
+    let found = vec![left_behind(root.path(), id, "sleep 60").await];
+    let process = Path::new("/proc").join(found[0].pid.to_string());
+    let world = World::open(root, 4, found);
+    world.desired.send_modify(|_| ());
+    tokio::task::yield_now().await;
+    assert!(process.exists());
+    let root = world.shut_down().await;
+    assert!(!process.exists());
+    assert_eq!(fs::read_dir(root.path().join("state/run")).unwrap().count(), 0);
 }

@@ -15,6 +15,7 @@ use ionian_blobs::UrlSigner;
 use ionian_control::app::tokens::hash_secret;
 use ionian_control::{Control, ControlConfig, Parts, Started};
 use ionian_domain::container::RuntimeKind;
+use ionian_domain::worker::WorkerCapacity;
 use ionian_domain::{ContainerId, FunctionId, Timestamp, TokenId};
 use ionian_store::Store;
 use ionian_store::tokens::TokenRecord;
@@ -174,12 +175,12 @@ fn config(dir: &Path) -> ControlConfig {
         data_dir: dir.to_owned(),
         default_scaledown_window: Duration::from_mins(1),
         client_heartbeat_timeout: Duration::from_mins(1),
-        scheduler: ionian_scheduler::Config {
+        capacity: WorkerCapacity {
             cpu_millis: 64_000,
             memory_mib: 64_000,
             max_starting: 64,
-            ..ionian_scheduler::Config::default()
         },
+        scheduler: ionian_scheduler::Config::default(),
     }
 }
 

@@ -5,6 +5,7 @@
     reason = "`UPDATE_EXPECT=1` writes what is expected in this form"
 )]
 
+mod adoption;
 mod attempts;
 mod batching;
 mod calls;
@@ -13,3 +14,4 @@ mod failures;
 mod lifecycle;
 mod scaling;
 mod web;
+mod workers;

@@ -87,6 +87,10 @@ impl World {
                 entry.state,
                 self.containers.get(&id).map(|container| container.exit.is_some()),
             ) {
+                (_, None) if entry.must_exist => {
+                    self.start(entry);
+                    self.die(id, ContainerExit::Lost);
+                }
                 (DesiredState::Running, None) => self.start(entry),
                 (DesiredState::Stopped { .. }, None) => {
                     self.start(entry);

@@ -124,15 +124,13 @@ pub(super) fn story(seed: u64, broken: Option<Break>) -> String {
 
 impl World {
     fn new(seed: u64, broken: Option<Break>) -> Self {
-        let mut random = Random::new(seed);
+        let random = Random::new(seed);
         let config = Config {
-            cpu_millis: 1_800 + 300 * random.below(3),
-            memory_mib: 4_096,
-            max_starting: 1 + random.below(3),
             max_queued_inputs: 30,
             drain_grace: Duration::from_secs(5),
             stop_grace: Duration::from_secs(3),
             cancel_grace: Duration::from_secs(2),
+            worker_silence: Duration::from_hours(100_000),
         };
         let mut scheduler = Scheduler::new(config.clone());
         scheduler.state.broken = broken;
@@ -166,6 +164,21 @@ impl World {
             turns: 0,
             crashes: 0,
         };
+        world.after_ms(
+            0,
+            Action::Event(Event::Recovered(ionian_domain::record::Recovered::default())),
+        );
+        world.after_ms(
+            0,
+            Action::Event(Event::WorkerConnected {
+                worker_id: numbered(1),
+                capacity: ionian_domain::worker::WorkerCapacity {
+                    cpu_millis: 2000,
+                    memory_mib: 4096,
+                    max_starting: 2,
+                },
+            }),
+        );
         let count = 2 + world.random.below(4);
         for _ in 0..count {
             world.declare();

@@ -153,6 +153,14 @@ impl World {
         let recovered = self.record.recovered();
         self.note(|| "the server recovers".to_owned());
         self.batch.push(Event::Recovered(recovered));
+        self.batch.push(Event::WorkerConnected {
+            worker_id: numbered(1),
+            capacity: ionian_domain::worker::WorkerCapacity {
+                cpu_millis: 2000,
+                memory_mib: 4096,
+                max_starting: 2,
+            },
+        });
         let life = self.life;
         self.turn()?;
         if life != self.life {
