@@ -154,19 +154,12 @@ fn only_the_last_delivery_is_doubted() {
 fn a_deadline_does_not_start_anew() {
     check(
         "
-        silence 10s
-        fn f timeout=1m
+        fn f timeout=5m
         call c f
         poll A
-        +9s
-        heard w
-        away 31s
+        away 4m
         restart
-        +9s
-        heard w
-        +9s
-        heard w
-        +20s
+        +60s
         ",
         &expect![[r#"
             0s fn f timeout=1m
@@ -199,16 +192,13 @@ fn a_deadline_does_not_start_anew() {
 fn a_time_that_ran_out_while_the_server_was_away_is_over_a_moment_later() {
     check(
         "
-        silence 30s
         fn f timeout=1m retries=1/10s
         map m f 2
         poll A & poll B
         away 5m
         restart
         done A m.0
-        +20s
-        heard w
-        +10s
+        +60s
         ",
         &expect![[r#"
             0s fn f timeout=1m retries=1/10s

@@ -465,3 +465,18 @@ fn a_client_repeats_its_last_word_after_a_restart() {
         "#]],
     );
 }
+
+/// What becomes free while the server ends is not used.
+#[test]
+fn nothing_that_waits_for_room_starts_during_a_shutdown() {
+    check(
+        "
+        fn f cpu=2000
+        map m f 2
+        poll A
+        shutdown
+        exit A 0
+        ",
+        &expect![[r#""#]],
+    );
+}
