@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test is built from fails the test")]
 
+mod adoption;
 mod apps;
 mod auth;
 mod calls;

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ionian_domain::record::Write;
-use ionian_domain::{ContainerId, FunctionId, InputId, Timestamp};
+use ionian_domain::{ContainerId, FunctionId, InputId, Timestamp, WorkerId};
 
 use super::record::Record;
 use crate::Scheduler;
@@ -20,10 +20,13 @@ use crate::turn::{Reply, Turn};
 pub(super) struct Before {
     /// The server started and has not yet read its record.
     pub is_recovering: bool,
+    /// The whole state is looked at another time.
+    pub is_cursory: bool,
     ending: BTreeSet<ContainerId>,
     polls: BTreeMap<PollId, (ContainerId, u32)>,
     asked: BTreeMap<ReplyId, Asked>,
     containers: BTreeSet<ContainerId>,
+    heard: BTreeSet<WorkerId>,
 }
 
 enum Asked {
@@ -76,6 +79,9 @@ impl Before {
                 } => {
                     before.polls.insert(*poll, (*container_id, *max_inputs));
                 }
+                Event::WorkerConnected { worker_id, .. } | Event::WorkerHeard { worker_id } => {
+                    before.heard.insert(*worker_id);
+                }
                 // Reports that came before it are taken after it.
                 Event::Recovered(recovered) => before.containers.extend(recovered.containers.iter().map(|c| c.id)),
                 Event::FunctionActivated { .. }
@@ -84,8 +90,6 @@ impl Before {
                 | Event::PollDropped { .. }
                 | Event::DeliveryLost { .. }
                 | Event::ServerReady { .. }
-                | Event::WorkerConnected { .. }
-                | Event::WorkerHeard { .. }
                 | Event::WorkerStarted { .. }
                 | Event::WorkerExited { .. }
                 | Event::WebDemand { .. }
@@ -109,6 +113,11 @@ pub(super) fn check(
         return before_recovery(state, turn);
     }
     answers(state, record, before, turn)?;
+    starts(state, now, turn)?;
+    heard(state, now, before)?;
+    if before.is_cursory {
+        return time(state, now, turn);
+    }
     let recorded: BTreeSet<&ContainerId> = record.live_containers().collect();
     let known: BTreeSet<&ContainerId> = state.containers.keys().collect();
     ensure(known == recorded, || {
@@ -119,7 +128,6 @@ pub(super) fn check(
     pools(state, now)?;
     containers(state, now)?;
     workers(state, now)?;
-    starts(state, now, turn)?;
     time(state, now, turn)
 }
 
@@ -446,6 +454,18 @@ fn before_recovery(state: &State, turn: &Turn) -> Result<(), String> {
         is_silent && state.containers.is_empty() && !turn.desired_changed,
         || "something was decided before the record was read".to_owned(),
     )
+}
+
+/// Who spoke in this turn is not given up.
+fn heard(state: &State, now: Timestamp, before: &Before) -> Result<(), String> {
+    for id in &before.heard {
+        let is_noted = state
+            .workers
+            .get(id)
+            .is_none_or(|worker| worker.heard_at == now && !worker.is_silent);
+        ensure(is_noted, || format!("{id} spoke, and that was not noted"))?;
+    }
+    Ok(())
 }
 
 /// Who is silent for too long is given up, and has no containers then.

@@ -31,12 +31,12 @@ use super::record::Record;
 use crate::breaks::Break;
 use crate::event::{Event, PollId, PoolSettings, ReplyId};
 use crate::state::Phase;
-use crate::{Config, Scheduler};
+use crate::{Config, Scheduler, journal};
 
 /// Events that each seed takes at least while things go wrong.
-const EVENTS: usize = 250;
+const EVENTS: usize = 230;
 /// No more clients come while so much waits: a long outage would make a seed of nothing but waiting.
-const PATIENT_CLIENTS: usize = 60;
+const PATIENT_CLIENTS: usize = 30;
 /// Lines of the story that a failure shows.
 const REMEMBERED: usize = 60;
 /// How long everything may take to come to rest once nothing goes wrong any more.
@@ -112,6 +112,8 @@ pub(super) struct World {
     goes_wrong: bool,
     broken: Option<Break>,
     config: Config,
+    /// What the server would write into its journal, where it is asked for.
+    journal: Option<Vec<u8>>,
     /// Telling costs more than living.
     tells: bool,
     story: VecDeque<String>,
@@ -126,6 +128,17 @@ pub(super) fn run(seed: u64, broken: Option<Break>) -> Result<World, String> {
     let mut world = World::new(seed, broken);
     world.live()?;
     Ok(world)
+}
+
+/// The journal of a seed, while things go wrong.
+pub(super) fn journal(seed: u64) -> Result<String, String> {
+    let mut world = World::new(seed, None);
+    world.journal = Some(journal::opening(&world.config));
+    while world.events < EVENTS {
+        world.step()?;
+    }
+    let lines = world.journal.unwrap_or_default();
+    String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
 /// The last lines of a seed's story: how it came to what went wrong.
@@ -178,6 +191,7 @@ impl World {
             goes_wrong: true,
             broken,
             config,
+            journal: None,
             tells: false,
             story: VecDeque::new(),
             events: 0,

@@ -11,6 +11,7 @@ use super::workers::WorkerStep;
 use super::{Action, Server, World};
 use crate::Scheduler;
 use crate::event::Event;
+use crate::journal::{self, Entry};
 use crate::state::Phase;
 use crate::tests::ids::numbered;
 use crate::tests::invariants::{self, Before};
@@ -18,24 +19,37 @@ use crate::turn::{Command, Reply, Turn};
 
 /// Every so many turns what would be recovered is compared with what is.
 const RECOVERY_SAMPLE: usize = 16;
+/// Once nothing goes wrong any more, every so many turns the whole state is looked at.
+const CALM_SAMPLE: usize = 4;
 
 impl World {
     pub(super) fn turn(&mut self) -> Result<(), String> {
         let events = std::mem::take(&mut self.batch);
-        // Who spoke before the record was read is answered after it.
-        self.early.extend(events.iter().cloned());
-        let mut before = Before::note(&self.scheduler.state, &self.early);
-        before.is_recovering =
+        let is_recovering =
             self.server == Server::Recovering && !events.iter().any(|e| matches!(e, Event::Recovered(_)));
-        if !before.is_recovering {
-            self.early.clear();
-        }
+        let mut before = if is_recovering {
+            // Who speaks before the record was read is answered after it.
+            self.early.extend(events.iter().cloned());
+            Before::default()
+        } else if self.early.is_empty() {
+            Before::note(&self.scheduler.state, &events)
+        } else {
+            self.early.extend(events.iter().cloned());
+            Before::note(&self.scheduler.state, &std::mem::take(&mut self.early))
+        };
+        before.is_recovering = is_recovering;
+        before.is_cursory = !self.goes_wrong && self.turns % CALM_SAMPLE != 0;
         self.turns += 1;
         let next = &mut self.next_number;
+        let mut entry = self.journal.is_some().then(|| Entry::begin(self.now, &events));
         let turn = self.scheduler.handle(self.now, events, &mut || {
             *next += 1;
-            numbered(*next)
+            let id = numbered(*next);
+            entry.as_mut().map_or(id, |entry| entry.drew(id))
         });
+        if let (Some(journal), Some(entry)) = (&mut self.journal, entry) {
+            journal.extend(entry.end(&turn));
+        }
         self.wake_at = turn.wake_at;
         self.server = if before.is_recovering {
             Server::Recovering
@@ -142,6 +156,9 @@ impl World {
         self.server = Server::Recovering;
         self.generation = 0;
         self.scheduler = Scheduler::new(self.config.clone());
+        if let Some(journal) = &mut self.journal {
+            journal.extend(journal::opening(&self.config));
+        }
         self.scheduler.state.broken = self.broken;
         for function in 0..self.functions.len() {
             self.functions[function].failures.0 = 0;
