@@ -12,6 +12,7 @@ mod environments;
 mod functions;
 mod generators;
 mod images;
+mod limits;
 mod logs;
 mod maps;
 mod restart;
