@@ -29,7 +29,7 @@ use crate::prefixed::{self, Protocol};
 const MAX_CONCURRENT_STREAMS: u32 = 10_000;
 
 /// Windows for one stream and for a connection: messages of up to 128 MiB arrive at full speed, and one
-/// connection cannot make us hold more than this.
+/// connection cannot make us hold more than this of what nobody has read yet.
 const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 

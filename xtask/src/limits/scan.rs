@@ -73,7 +73,7 @@ impl Code {
             })
             .collect::<Result<_>>()?;
         for (name, text) in &texts {
-            if name.ends_with(".py") {
+            if has_extension(name, "py") {
                 code.read_python(name, text);
             } else {
                 code.read_rust(name, text)
@@ -177,11 +177,15 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
         }
         if path.is_dir() {
             collect(&path, files)?;
-        } else if name.ends_with(".rs") || name.ends_with(".py") {
+        } else if has_extension(&name, "rs") || has_extension(&name, "py") {
             files.push(path);
         }
     }
     Ok(())
+}
+
+fn has_extension(name: &str, extension: &str) -> bool {
+    Path::new(name).extension().is_some_and(|found| found == extension)
 }
 
 fn is_test_file(name: &str) -> bool {

@@ -6,6 +6,8 @@ use tonic::Code;
 use crate::support::deploy::definition;
 use crate::support::{Platform, assert_refused};
 
+type Change = fn(&mut pb::Function);
+
 #[tokio::test]
 async fn names_that_are_too_long_are_refused() {
     let platform = Platform::start().await;
@@ -95,7 +97,7 @@ async fn too_many_files_of_a_mount_are_refused() {
 async fn numbers_of_a_function_that_are_too_large_are_refused() {
     let platform = Platform::start().await;
     let deploy = platform.deploy("app").await;
-    let changes: [(fn(&mut pb::Function), &str); 4] = [
+    let changes: [(Change, &str); 4] = [
         (
             |f| {
                 f.retry_policy = Some(pb::FunctionRetryPolicy {
