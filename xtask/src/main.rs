@@ -4,6 +4,7 @@
 
 mod check_deps;
 mod descriptors;
+mod limits;
 mod rpc_coverage;
 
 use std::path::{Path, PathBuf};
@@ -25,6 +26,12 @@ enum Command {
     CheckDeps,
     /// Print which RPCs of the client's service are answered, as Markdown.
     RpcCoverage,
+    /// Write docs/limits.md from the constants of the code and from docs/limits.toml.
+    Limits {
+        /// Write nothing, and fail when the page, the table or the code is behind.
+        #[arg(long)]
+        check: bool,
+    },
     /// Write the encoded descriptors of our .proto files to OUT.
     Descriptors { out: PathBuf },
 }
@@ -34,6 +41,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().command {
         Command::CheckDeps => check_deps::run(),
         Command::RpcCoverage => rpc_coverage::run(),
+        Command::Limits { check } => limits::run(check),
         Command::Descriptors { out } => descriptors::run(&out),
     };
     match result {

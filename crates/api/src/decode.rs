@@ -22,6 +22,13 @@ use crate::status::invalid;
 const DEFAULT_TIMEOUT: Duration = Duration::from_mins(5);
 /// The longest time that a function may ask for.
 const MAX_TIMEOUT: Duration = Duration::from_hours(168);
+/// Retries of one input; the client allows 10.
+const MAX_RETRIES: u32 = 100;
+/// Inputs in one batch of `@modal.batched`, and how long it waits for more: as the client has them.
+const MAX_BATCH_INPUTS: u32 = 1_000;
+const MAX_BATCH_WAIT: Duration = Duration::from_mins(10);
+/// Inputs that one container may run at once. Each costs the runtime a task; a thousand are common.
+const MAX_CONCURRENT_INPUTS: u32 = 10_000;
 
 pub(crate) fn id<T: std::str::FromStr<Err = ionian_domain::InvalidId>>(text: &str) -> Result<T, Status> {
     text.parse()
@@ -221,6 +228,41 @@ pub(crate) fn is_single_use(function: &pb::Function) -> bool {
     function.single_use_containers || function.max_inputs == 1
 }
 
+/// Numbers that the client checks, too, but not every sender is the client.
+fn check_numbers(function: &pb::Function) -> Result<(), Status> {
+    let name = &function.function_name;
+    let checks = [
+        (
+            "retries",
+            function.retry_policy.as_ref().map_or(0, |policy| policy.retries).into(),
+            MAX_RETRIES.into(),
+        ),
+        (
+            "inputs in a batch",
+            function.batch_max_size.into(),
+            MAX_BATCH_INPUTS.into(),
+        ),
+        (
+            "milliseconds of waiting for a batch",
+            function.batch_linger_ms,
+            MAX_BATCH_WAIT.as_millis() as u64,
+        ),
+        (
+            "concurrent inputs",
+            function.max_concurrent_inputs.into(),
+            MAX_CONCURRENT_INPUTS.into(),
+        ),
+    ];
+    for (what, wanted, limit) in checks {
+        if wanted > limit {
+            return Err(crate::status::invalid(format!(
+                "function '{name}' wants {wanted} {what}; at most {limit} are supported"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// A function's definition without its web endpoints, which need a label first.
 pub(crate) fn function(
     function: &pb::Function,
@@ -237,6 +279,7 @@ pub(crate) fn function(
             "network file systems are not available on this server; use a Volume",
         ));
     }
+    check_numbers(function)?;
     let timeout_after = timeout(function.timeout_secs);
     // Mount ids come from a set: their order means nothing and must not make a definition look changed.
     let mut kept = function.clone();

@@ -16,6 +16,7 @@ mod context;
 mod coverage;
 mod decode;
 mod encode;
+mod request_body;
 mod service;
 mod status;
 

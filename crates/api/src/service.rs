@@ -19,6 +19,7 @@ use crate::client::{apps, blobs, calls, environments, functions, images, logs, m
 use crate::container::{data, inputs, lifecycle};
 use crate::context::{self, Context};
 use crate::coverage::Coverage;
+use crate::request_body::{BoundedBody, Held, MemoryBudgets};
 
 /// Context files, serialized closures and pages of results are this large at most.
 pub const MAX_MESSAGE_BYTES: usize = 128 * 1024 * 1024;
@@ -32,6 +33,7 @@ pub struct Api {
     pub(crate) signer: UrlSigner,
     coverage: Arc<Coverage>,
     scheme: &'static str,
+    budgets: MemoryBudgets,
 }
 
 impl std::fmt::Debug for Api {
@@ -48,13 +50,14 @@ impl Api {
             signer,
             coverage: Arc::new(Coverage::load()),
             scheme,
+            budgets: MemoryBudgets::default(),
         }
     }
 
     /// Answers one gRPC request.
     pub async fn call<B>(&self, mut request: http::Request<B>) -> http::Response<Body>
     where
-        B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
+        B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
     {
         let Some(rpc) = request.uri().path().strip_prefix(SERVICE_PREFIX).map(str::to_owned) else {
@@ -65,15 +68,19 @@ impl Api {
             return Status::unimplemented(sentence).into_http();
         }
         let metadata = MetadataMap::from_headers(request.headers().clone());
-        match context::authenticate(&self.control, &metadata, &rpc).await {
+        // Counts the request's bytes until it is answered.
+        let held = match context::authenticate(&self.control, &metadata, &rpc).await {
             Ok(caller) => {
+                let held = Held::new(self.budgets.of(&caller));
                 let base_url = self.base_url(&request);
                 request
                     .extensions_mut()
                     .insert(Context::new(caller, base_url, &metadata));
+                held
             }
             Err(status) => return status.into_http(),
-        }
+        };
+        let request = request.map(|body| BoundedBody::new(body, Arc::clone(&held)));
         let mut server = ModalClientServer::new(self.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);

@@ -38,6 +38,11 @@ const FIRST_CHUNK_WITHIN: Duration = Duration::from_secs(2);
 /// Frames between relay and client. The exchange itself buffers more.
 const FRAME_BUFFER: usize = 2;
 
+/// Headers and trailers of one response, each: as for apps with a socket (`upstream`). A header map panics when it is
+/// given more than 24,576, and what comes over the data channel is as long as its container likes.
+const MAX_HEADERS: usize = 100;
+const MAX_HEADERS_BYTES: usize = 128 * 1024;
+
 /// What ends or cuts a relay, and what its log lines say.
 pub(crate) struct Relay {
     pub(crate) exchange: WebExchange,
@@ -290,6 +295,13 @@ impl Relay {
         trailers: bool,
         is_head: bool,
     ) {
+        let headers = match header_map(headers) {
+            Ok(headers) => headers,
+            Err(failure) => {
+                let _left = answer.send(Err(failure));
+                return self.abandon().await;
+            }
+        };
         let (frames, receiver) = mpsc::channel(FRAME_BUFFER);
         let cut = Arc::new(OnceLock::new());
         let body = if is_head {
@@ -305,7 +317,7 @@ impl Relay {
         };
         let mut response = Response::new(body);
         *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        *response.headers_mut() = header_map(headers);
+        *response.headers_mut() = headers;
         let (mut head, body) = response.into_parts();
         forward::prepare_response(&mut head);
         if answer.send(Ok(Answer::Http(Response::from_parts(head, body)))).is_err() {
@@ -329,7 +341,7 @@ impl Relay {
     }
 
     async fn send_frames(&mut self, frames: &mpsc::Sender<Piece>, trailers: bool) -> End {
-        let mut all_trailers = HeaderMap::new();
+        let mut all_trailers = Vec::new();
         loop {
             let event = tokio::select! {
                 event = self.exchange.from_app.recv() => event,
@@ -339,11 +351,15 @@ impl Relay {
             let (frame, is_last) = match event {
                 Some(FromApp::Body { bytes, more }) => (Frame::data(bytes), !more && !trailers),
                 Some(FromApp::Trailers { headers, more }) => {
-                    all_trailers.extend(header_map(&headers));
-                    if more {
-                        continue;
+                    all_trailers.extend(headers);
+                    match header_map(&all_trailers) {
+                        Ok(_) if more => continue,
+                        Ok(trailers) => (Frame::trailers(trailers), true),
+                        Err(failure) => {
+                            tracing::debug!(reason = respond::chain(&failure), "an app's trailers were refused");
+                            return End::Cut(Cut::Broken);
+                        }
                     }
-                    (Frame::trailers(std::mem::take(&mut all_trailers)), true)
                 }
                 Some(FromApp::Finished(outcome)) => {
                     tracing::debug!(
@@ -416,7 +432,16 @@ enum End {
     Cut(Cut),
 }
 
-pub(crate) fn header_map(headers: &[(Bytes, Bytes)]) -> HeaderMap {
+/// An app's headers, if they are not too many.
+pub(crate) fn header_map(headers: &[(Bytes, Bytes)]) -> Result<HeaderMap, Failure> {
+    let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+    if headers.len() > MAX_HEADERS || bytes > MAX_HEADERS_BYTES {
+        let sentence = format!(
+            "the app's response has {} headers of {bytes} bytes; at most {MAX_HEADERS} of {MAX_HEADERS_BYTES} bytes are sent on",
+            headers.len()
+        );
+        return Err(Failure::AppFailed(sentence.into()));
+    }
     let mut map = HeaderMap::with_capacity(headers.len());
     for (name, value) in headers {
         // What is no header name or value cannot be sent; the rest of the response still can.
@@ -424,7 +449,7 @@ pub(crate) fn header_map(headers: &[(Bytes, Bytes)]) -> HeaderMap {
             map.append(name, value);
         }
     }
-    map
+    Ok(map)
 }
 
 enum Piece {

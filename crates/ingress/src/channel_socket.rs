@@ -57,10 +57,14 @@ impl Handshake {
         Ok(Self { accept })
     }
 
-    fn response(&self, subprotocol: Option<&str>, headers: &[(Bytes, Bytes)]) -> Response<ResponseBody> {
+    fn response(
+        &self,
+        subprotocol: Option<&str>,
+        headers: &[(Bytes, Bytes)],
+    ) -> Result<Response<ResponseBody>, Failure> {
         let mut response = Response::new(ResponseBody::empty());
         *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let mut map = header_map(headers);
+        let mut map = header_map(headers)?;
         // No extension was negotiated: the frames are ours, and plain.
         map.remove(SEC_WEBSOCKET_EXTENSIONS);
         map.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
@@ -70,7 +74,7 @@ impl Handshake {
             map.insert(SEC_WEBSOCKET_PROTOCOL, protocol);
         }
         *response.headers_mut() = map;
-        response
+        Ok(response)
     }
 }
 
@@ -93,7 +97,15 @@ pub(crate) async fn run(
         }
     };
     let accepted = match first {
-        Some(FromApp::WebsocketAccept { subprotocol, headers }) => handshake.response(subprotocol.as_deref(), &headers),
+        Some(FromApp::WebsocketAccept { subprotocol, headers }) => {
+            match handshake.response(subprotocol.as_deref(), &headers) {
+                Ok(response) => response,
+                Err(failure) => {
+                    let _left = answer.send(Err(failure));
+                    return disconnect(relay, ABNORMAL).await;
+                }
+            }
+        }
         // A close before the accept is a refusal, which ASGI makes a 403.
         Some(FromApp::WebsocketClose { .. }) => {
             let mut response = Response::new(ResponseBody::empty());
@@ -152,6 +164,13 @@ async fn carry(mut relay: Relay, socket: Socket, shutdown: &CancellationToken) {
     };
     match ended {
         Ended::ByClient(code) => {
+            if code == u16::from(CloseCode::Size) {
+                let frame = CloseFrame {
+                    code: CloseCode::Size,
+                    reason: "the message is too large".into(),
+                };
+                let _gone = tokio::time::timeout(CLOSE_WITHIN, sink.send(Message::Close(Some(frame)))).await;
+            }
             // The answer to the client's close was queued when it was read.
             let _gone = tokio::time::timeout(CLOSE_WITHIN, sink.close()).await;
             drop((sink, stream));

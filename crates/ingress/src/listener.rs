@@ -29,7 +29,7 @@ use crate::prefixed::{self, Protocol};
 const MAX_CONCURRENT_STREAMS: u32 = 10_000;
 
 /// Windows for one stream and for a connection: messages of up to 128 MiB arrive at full speed, and one
-/// connection cannot make us hold more than this.
+/// connection cannot make us hold more than this of what nobody has read yet.
 const STREAM_WINDOW: u32 = 2 * 1024 * 1024;
 const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
 
@@ -49,6 +49,10 @@ const KEEPALIVE_EVERY: Duration = Duration::from_secs(20);
 
 /// Read buffer of an HTTP/1.1 connection: uploads stream through it. Hyper wants heads to fit as well.
 const READ_BUFFER: usize = 128 * 1024;
+
+/// Headers of an HTTP/1.1 request: hyper's own limit, beyond which it answers 431. HTTP/2 counts bytes only, at
+/// least 32 for each header.
+const MAX_HEADERS: usize = 100;
 
 /// After an accept that failed for want of descriptors or memory, which take a moment to come back.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -131,6 +135,7 @@ fn http1_builder(limits: &Limits) -> http1::Builder {
         .timer(TokioTimer::new())
         .header_read_timeout(limits.header_read_timeout)
         .max_header_size(limits.max_header_bytes)
+        .max_headers(MAX_HEADERS)
         .max_buf_size(READ_BUFFER.max(limits.max_header_bytes));
     builder
 }

@@ -38,6 +38,9 @@ const MAX_IDLE: usize = 512;
 /// Read buffer of a connection: responses stream through it, and a response's head must fit.
 const READ_BUFFER: usize = 128 * 1024;
 
+/// Headers of an app's response: hyper's own limit, beyond which the caller gets a 502.
+const MAX_HEADERS: usize = 100;
+
 type Driver = http1::Connection<TokioIo<TcpStream>, RequestBody>;
 
 /// Where an app listens, and the connections to it that are free.
@@ -120,6 +123,7 @@ impl DirectTarget {
             .map_err(|source| ConnectError::Connect { address, source })?;
         let (sender, driver) = http1::Builder::new()
             .max_buf_size(READ_BUFFER)
+            .max_headers(MAX_HEADERS)
             .handshake(TokioIo::new(stream))
             .await
             .map_err(|source| ConnectError::Handshake { address, source })?;

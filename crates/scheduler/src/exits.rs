@@ -12,6 +12,9 @@ use crate::event::ReplyId;
 use crate::state::{Container, InputState, Phase, State};
 use crate::turn::{Command, Reply, Turn};
 
+/// The pause after the first failure that is not forgiven, doubled by each further one.
+const FIRST_START_BACKOFF: Duration = Duration::from_secs(1);
+
 /// The longest pause between two starts of a function whose containers keep failing.
 const MAX_START_BACKOFF: Duration = Duration::from_mins(1);
 
@@ -143,7 +146,7 @@ impl State {
         pool.failures += 1;
         if pool.failures > FREE_FAILURES && !is_broken {
             // Sixty seconds are reached by the sixth failure, long before the power overflows.
-            let pause = Duration::from_secs(1) * 2u32.saturating_pow(pool.failures.min(10));
+            let pause = FIRST_START_BACKOFF * 2u32.saturating_pow(pool.failures.min(10));
             let until = now + pause.min(MAX_START_BACKOFF);
             pool.start_not_before = Some(until);
             turn.commands.push(Command::BackedOff {

@@ -408,6 +408,16 @@ async fn incomplete_and_unreadable_completions_are_explained() {
 }
 
 #[tokio::test]
+async fn a_completion_that_is_too_long_is_refused() {
+    let platform = platform().await;
+    let plan = platform.plan(&content(1500)).await;
+    let answer = platform
+        .request("POST", &plan.completion_url, "x".repeat(256 * 1024 + 1))
+        .await;
+    assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);
+}
+
+#[tokio::test]
 async fn ranges_and_heads() {
     let platform = platform().await;
     let bytes = content(5000);

@@ -13,6 +13,7 @@ mod environments;
 mod functions;
 mod generators;
 mod images;
+mod limits;
 mod logs;
 mod maps;
 mod restart;

@@ -134,6 +134,11 @@ impl Builds {
         build
     }
 
+    /// How many builds are under way.
+    pub(crate) fn live_count(&self) -> usize {
+        self.live.lock().len()
+    }
+
     pub(crate) fn find(&self, id: ImageId) -> Option<Arc<Build>> {
         self.live.lock().get(&id).cloned()
     }

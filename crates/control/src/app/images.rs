@@ -20,6 +20,8 @@ use crate::error::{Error, Result};
 const LOG_QUEUE: usize = 1024;
 /// No build may take longer than this in all.
 const BUILD_TIMEOUT: Duration = Duration::from_hours(3);
+/// Builds that run or wait for the disk at once: a build is mostly one process, and each holds its context in memory.
+const MAX_BUILDS: usize = 32;
 
 pub struct Images<'a>(pub(crate) &'a Control);
 
@@ -86,6 +88,12 @@ impl Images<'_> {
                 ImageState::Building if self.0.builds().is_live(id) => return Ok(image),
                 ImageState::Ready { .. } | ImageState::Building | ImageState::Failed { .. } => {}
             }
+        }
+        if self.0.builds().live_count() >= MAX_BUILDS {
+            return Err(Error::new(
+                ionian_domain::ErrorKind::Exhausted,
+                format!("{MAX_BUILDS} images are being built; try again when some of them are done"),
+            ));
         }
         let job = self.job(id, &spec, client_version, force).await?;
         let image = Image {

@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 
 /// More files than any package tree has; each costs a link at container start.
 pub const MAX_MOUNT_FILES: usize = 200_000;
+/// The kernel takes no longer path.
+const MAX_PATH_BYTES: usize = 4_096;
 
 pub struct Mounts<'a>(pub(crate) &'a Control);
 
@@ -66,11 +68,12 @@ impl Mounts<'_> {
 /// Paths go to a file system as they are: they must stay inside it.
 fn check_path(path: &str) -> Result<()> {
     let inside = path.starts_with('/') && path.split('/').all(|part| part != "..") && !path.contains('\0');
-    if inside && path.len() <= 4096 {
+    if inside && path.len() <= MAX_PATH_BYTES {
         Ok(())
     } else {
         Err(Error::invalid(format!(
-            "'{}' is not a valid path for a mounted file: it must be absolute and have no '..'",
+            "'{}' is not a valid path for a mounted file: it must be absolute, have no '..' and at most \
+             {MAX_PATH_BYTES} bytes",
             path.chars().take(200).collect::<String>()
         )))
     }

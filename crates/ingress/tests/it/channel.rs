@@ -11,6 +11,7 @@ use ionian_control::data_channel::{DataChannels, FromApp, ToApp, WebInput};
 use ionian_domain::ContainerId;
 use ionian_domain::outcome::{Outcome, OutcomeStatus};
 use ionian_domain::web::WebTarget;
+use ionian_ingress::{IngressConfig, Limits};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -458,4 +459,59 @@ async fn a_broken_websocket_handshake_is_refused() {
         .insert("upgrade", http::HeaderValue::from_static("websocket"));
     let answer = platform.send(upgrade).await;
     assert_eq!((answer.status(), answer.error_code().as_str()), (400, "bad_request"));
+}
+
+/// A container may send as many as it likes, and a header map panics at 24,577.
+#[tokio::test]
+async fn a_response_with_too_many_headers_is_an_error_of_the_app() {
+    let platform = Platform::start().await;
+    let container = platform.ready(1, WebTarget::DataChannel).await;
+    let (answer, ()) = tokio::join!(platform.get("/"), async {
+        let mut call = next_call(&platform, container).await;
+        call.body().await;
+        let headers = vec![(Bytes::from_static(b"x-one"), Bytes::from_static(b"more")); 30_000];
+        call.send(FromApp::ResponseStart {
+            status: 200,
+            headers,
+            trailers: false,
+        })
+        .await;
+        call.done();
+    });
+    assert_eq!((answer.status(), answer.error_code()), (500, "app_error".to_owned()));
+}
+
+#[tokio::test]
+async fn a_websocket_message_that_is_too_large_closes_the_websocket() {
+    let limits = Limits {
+        max_websocket_message_bytes: 1024,
+        ..Limits::default()
+    };
+    let config = IngressConfig {
+        limits,
+        ..IngressConfig::default()
+    };
+    let platform = Platform::start_with(config, |_| {}).await;
+    let container = platform.ready(1, WebTarget::DataChannel).await;
+    let stream = TcpStream::connect(platform.address).await.unwrap();
+    let request = format!("ws://{HOST}/ws").into_client_request().unwrap();
+    let (connected, mut call) = tokio::join!(within(tokio_tungstenite::client_async(request, stream)), async {
+        let mut call = next_call(&platform, container).await;
+        assert_eq!(call.receive().await, Some(ToApp::WebsocketConnect));
+        call.send(FromApp::WebsocketAccept {
+            subprotocol: None,
+            headers: Vec::new(),
+        })
+        .await;
+        call
+    });
+    let (mut socket, _) = connected.unwrap();
+    socket.send(Message::binary(vec![0; 1025])).await.unwrap();
+    let (received, closed) = tokio::join!(call.receive(), within(socket.next()));
+    assert_eq!(received, Some(ToApp::WebsocketDisconnect { code: 1009 }));
+    match closed {
+        Some(Ok(Message::Close(Some(frame)))) => assert_eq!(frame.code, CloseCode::Size),
+        other => panic!("not a close: {other:?}"),
+    }
+    call.done();
 }

@@ -432,6 +432,22 @@ async fn an_unreachable_app_is_a_502() {
 }
 
 #[tokio::test]
+async fn an_app_that_sends_too_many_headers_is_a_502() {
+    let platform = Platform::start().await;
+    let app = App::start(|_| async {
+        let mut response = text("");
+        for number in 0..101 {
+            let name = http::HeaderName::try_from(format!("x-{number}")).unwrap();
+            response.headers_mut().insert(name, http::HeaderValue::from_static("1"));
+        }
+        response
+    })
+    .await;
+    platform.ready(1, app.target()).await;
+    assert_eq!(platform.get("/").await.status(), 502);
+}
+
+#[tokio::test]
 async fn the_timeout_answers_504_and_frees_the_slot() {
     let platform = Platform::start_with(IngressConfig::default(), |route| {
         route.timeout = Duration::from_millis(150);

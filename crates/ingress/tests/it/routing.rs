@@ -8,6 +8,7 @@ use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use ionian_ingress::{IngressConfig, Limits};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
@@ -257,6 +258,51 @@ async fn oversized_headers_are_refused() {
         "{:?}",
         String::from_utf8_lossy(&answer)
     );
+}
+
+#[tokio::test]
+async fn too_many_headers_are_refused() {
+    let platform = Platform::start().await;
+    let mut head = b"GET / HTTP/1.1\r\nhost: localhost\r\n".to_vec();
+    for number in 0..100 {
+        head.extend(format!("x-{number}: 1\r\n").into_bytes());
+    }
+    head.extend(b"\r\n");
+    let answer = raw(platform.address, &head).await;
+    assert!(
+        answer.starts_with(b"HTTP/1.1 431"),
+        "{:?}",
+        String::from_utf8_lossy(&answer)
+    );
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait_for_one_to_end() {
+    let limits = Limits {
+        max_connections: 1,
+        ..Limits::default()
+    };
+    let platform = Platform::start_with(
+        IngressConfig {
+            limits,
+            ..IngressConfig::default()
+        },
+        |_| {},
+    )
+    .await;
+    let mut first = TcpStream::connect(platform.address).await.unwrap();
+    first
+        .write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        .await
+        .unwrap();
+    let mut byte = [0];
+    first.read_exact(&mut byte).await.unwrap();
+    let close = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+    let mut second = std::pin::pin!(raw(platform.address, close));
+    let early = tokio::time::timeout(Duration::from_millis(200), &mut second).await;
+    assert!(early.is_err(), "a second connection was served beside the first");
+    drop(first);
+    assert!(within(second).await.starts_with(b"HTTP/1.1"));
 }
 
 #[tokio::test]
