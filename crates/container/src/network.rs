@@ -15,6 +15,7 @@
 //! A namespace is held by a descriptor of this process and by the processes in it, never by a file. So a crash
 //! leaves none behind: the kernel removes it, its `eth0` and the host's end with the last holder.
 
+mod egress;
 mod firewall;
 mod link;
 pub mod resolver;
@@ -24,7 +25,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +33,9 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 use crate::config::ContainerConfig;
+use egress::Policy;
+pub use egress::{Cidr, CidrError, Egress, MAX_CIDRS};
+use firewall::ContainerRules;
 pub use subnet::Subnet;
 
 /// After a namespace could not be made, the pool waits this long; starts make their own and see the error.
@@ -87,6 +91,8 @@ struct Pool {
 pub(crate) struct Slot {
     namespace: OwnedFd,
     claim: Claim,
+    /// `None` while the outside is open.
+    rules: Option<ContainerRules>,
     addresses: Arc<Mutex<Addresses>>,
 }
 
@@ -105,13 +111,17 @@ impl Slot {
     }
 
     /// Removes the host's end, and with it `eth0`. Blocks.
-    pub(crate) fn release(self) -> Result<(), NetworkError> {
-        link::delete(&self.claim.host_link).map(|_| ())
+    pub(crate) fn release(mut self) -> Result<(), NetworkError> {
+        let link = link::delete(&self.claim.host_link).map(|_| ());
+        // After the interface, so that the rules are there as long as a packet may come.
+        let rules = self.rules.take().map_or(Ok(()), ContainerRules::remove);
+        link.and(rules)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.rules = None;
         lock(&self.addresses).release(&self.claim);
     }
 }
@@ -138,7 +148,7 @@ impl Network {
         })
         .await?;
         enable_forwarding()?;
-        firewall::create(&names.table, &names.bridge, subnet).await?;
+        firewall::create(&names.table, &names.bridge, subnet, &[]).await?;
         tracing::info!(bridge = %names.bridge, %subnet, mtu, "the containers' network is up");
 
         let shared = Arc::new(Shared {
@@ -193,6 +203,28 @@ impl Network {
             Some(slot) => Ok(slot),
             None => create_slot(&self.shared).await,
         }
+    }
+
+    /// Limits what the slot's container reaches, before it is started. Notes it in `directory`.
+    pub(crate) async fn limit_egress(
+        &self,
+        slot: &mut Slot,
+        egress: &Egress,
+        directory: &Path,
+    ) -> Result<(), NetworkError> {
+        if *egress == Egress::Open {
+            return Ok(());
+        }
+        let policy = Policy {
+            address: slot.claim.address,
+            egress: egress.clone(),
+        };
+        policy.note(directory).map_err(|source| NetworkError::Io {
+            what: format!("note a container's network policy in {}", directory.display()),
+            source,
+        })?;
+        slot.rules = ContainerRules::apply(&self.shared.table, &policy).await?;
+        Ok(())
     }
 
     /// Waits until the pool is as full as it should be: for tests and measurements.
@@ -364,6 +396,7 @@ async fn create_slot(shared: &Arc<Shared>) -> Result<Slot, NetworkError> {
             Ok(namespace) => Ok(Slot {
                 namespace,
                 claim,
+                rules: None,
                 addresses: Arc::clone(&shared.addresses),
             }),
             Err(error) => {

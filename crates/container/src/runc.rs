@@ -26,6 +26,7 @@ use self::start::start;
 use crate::cgroup::Hierarchies;
 use crate::config::ContainerConfig;
 use crate::network::Network;
+use crate::oci::OciProgram;
 use crate::running::Remains;
 use crate::runtime::{
     Capabilities, Launch, NetworkMode, OpenError, ReapError, ReapReport, RunningContainer, Runtime, StartError,
@@ -33,11 +34,11 @@ use crate::runtime::{
 
 pub struct RuncRuntime {
     inner: Arc<Inner>,
+    program: Arc<OciProgram>,
 }
 
 struct Inner {
     config: ContainerConfig,
-    runc: PathBuf,
     cgroups: Hierarchies,
     network: Network,
     live: Mutex<Live>,
@@ -54,11 +55,6 @@ struct Live {
 impl RuncRuntime {
     /// Checks the host, removes what an earlier run left behind and sets up the network.
     pub async fn open(config: ContainerConfig) -> Result<Self, OpenError> {
-        if !nix::unistd::geteuid().is_root() {
-            return Err(OpenError::NeedsRoot {
-                runtime: RuntimeKind::Runc,
-            });
-        }
         let runc = match &config.runc_path {
             Some(path) => path.clone(),
             None => find_program("runc").ok_or(OpenError::ProgramMissing {
@@ -66,6 +62,15 @@ impl RuncRuntime {
                 package: "runc",
             })?,
         };
+        Self::open_with(config, OciProgram::runc(runc)).await
+    }
+
+    /// The same for another program.
+    pub(crate) async fn open_with(config: ContainerConfig, program: OciProgram) -> Result<Self, OpenError> {
+        let runtime = program.kind();
+        if !nix::unistd::geteuid().is_root() {
+            return Err(OpenError::NeedsRoot { runtime });
+        }
         find_program("nft").ok_or(OpenError::ProgramMissing {
             program: "nft",
             package: "nftables",
@@ -82,18 +87,30 @@ impl RuncRuntime {
             tracing::warn!(?report, "removed what an earlier run left behind");
         }
         let network = Network::open(&config).await.map_err(OpenError::Network)?;
-        tracing::info!(runc = %runc.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, "the runc runtime is ready");
+        tracing::info!(program = %program.path.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, "the {runtime} runtime is ready");
         let live = Mutex::new(Live::default());
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
-                runc,
                 cgroups,
                 network,
                 live,
                 _lock: lock,
             }),
+            program: Arc::new(program),
         })
+    }
+
+    /// Another program for containers of the same instance.
+    pub(crate) fn beside(&self, program: OciProgram) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            program: Arc::new(program),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &ContainerConfig {
+        &self.inner.config
     }
 
     /// The same as [`Runtime::network`], which is always there for this runtime.
@@ -105,7 +122,7 @@ impl RuncRuntime {
 #[async_trait]
 impl Runtime for RuncRuntime {
     fn kind(&self) -> RuntimeKind {
-        RuntimeKind::Runc
+        self.program.kind()
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -121,18 +138,18 @@ impl Runtime for RuncRuntime {
         if launch.network == NetworkMode::Host {
             let what = "access to the host's network".to_owned();
             return Err(StartError::Unsupported {
-                runtime: RuntimeKind::Runc,
+                runtime: self.kind(),
                 what,
             });
         }
         if launch.rootfs.lower_dirs.is_empty() {
             let what = "way to run on the host's own file system (the root has no layers)".to_owned();
             return Err(StartError::Unsupported {
-                runtime: RuntimeKind::Runc,
+                runtime: self.kind(),
                 what,
             });
         }
-        let mut leftovers = Leftovers::claim(&self.inner, &launch.name)?;
+        let mut leftovers = Leftovers::claim(&self.inner, &self.program, &launch.name)?;
         match start(&self.inner, launch, &mut leftovers).await {
             Ok(started) => Ok(RunningContainer::new(started.with_remains(Box::new(leftovers)))),
             Err(error) => {

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::Arc;
@@ -17,18 +16,16 @@ use crate::cgroup::{CgroupError, Hierarchies};
 use crate::config::ContainerConfig;
 use crate::mounts;
 use crate::network::{self, Names, Slot};
+use crate::oci::OciProgram;
 use crate::overlay::{MountGuard, unmount_or_detach};
 use crate::running::{KILL_TIMEOUT, Remains};
 use crate::runtime::{DisposeError, ReapError, ReapReport, StartError};
-
-/// A shell's way, and runc's, of reporting a signal as an exit code.
-const SIGNAL_EXIT_BASE: i32 = 128;
-const MAX_SIGNAL: i32 = 64;
 
 /// Everything that a container has on the host, from the moment its name is taken. Dropped without
 /// [`Remains::remove`], it is removed by a thread in the background.
 pub(super) struct Leftovers {
     inner: Arc<Inner>,
+    pub(super) program: Arc<OciProgram>,
     pub(super) name: String,
     pub(super) paths: BundlePaths,
     pub(super) mount: Option<MountGuard>,
@@ -37,7 +34,7 @@ pub(super) struct Leftovers {
 }
 
 impl Leftovers {
-    pub(super) fn claim(inner: &Arc<Inner>, name: &str) -> Result<Self, StartError> {
+    pub(super) fn claim(inner: &Arc<Inner>, program: &Arc<OciProgram>, name: &str) -> Result<Self, StartError> {
         {
             let mut live = inner.live();
             if live.shut_down {
@@ -53,6 +50,7 @@ impl Leftovers {
         };
         let leftovers = Self {
             inner: Arc::clone(inner),
+            program: Arc::clone(program),
             name: name.to_owned(),
             paths: paths.clone(),
             mount: None,
@@ -119,21 +117,8 @@ impl Leftovers {
 
 impl Remains for Leftovers {
     fn exit_of(&self, status: ExitStatus) -> ContainerExit {
-        let code = match (status.code(), status.signal()) {
-            (Some(code), _) => code,
-            // runc itself was killed, from outside.
-            (None, Some(signal)) => return ContainerExit::Signaled { signal },
-            (None, None) => return ContainerExit::Lost,
-        };
-        let signal = code - SIGNAL_EXIT_BASE;
-        let killed = signal == nix::libc::SIGKILL;
-        if killed && self.inner.cgroups.oom_kills(&self.inner.cgroup_of(&self.name)) > 0 {
-            return ContainerExit::OutOfMemory;
-        }
-        if (1..=MAX_SIGNAL).contains(&signal) {
-            return ContainerExit::Signaled { signal };
-        }
-        ContainerExit::Exited { code }
+        let oom_kills = || self.inner.cgroups.oom_kills(&self.inner.cgroup_of(&self.name));
+        self.program.exit_of(status, oom_kills)
     }
 
     fn remove(mut self: Box<Self>) -> Result<(), DisposeError> {
@@ -149,6 +134,7 @@ impl Drop for Leftovers {
         self.removed = true;
         let mut rest = Self {
             inner: Arc::clone(&self.inner),
+            program: Arc::clone(&self.program),
             name: self.name.clone(),
             paths: self.paths.clone(),
             mount: self.mount.take(),
