@@ -68,7 +68,7 @@ fn attempts(secret: &Path, abstract_name: &str) -> Vec<Attempt> {
             "write `/proc/sys/kernel/core_pattern`",
             "write /proc/sys/kernel/core_pattern |/x",
         ),
-        attempt(
+        within(
             "write `/proc/sys/net/ipv4/ip_forward`",
             "write /proc/sys/net/ipv4/ip_forward 0",
         ),
@@ -77,7 +77,7 @@ fn attempts(secret: &Path, abstract_name: &str) -> Vec<Attempt> {
         attempt("add a kernel key", "add_key"),
         attempt("join a keyring", "keyctl"),
         attempt("userfaultfd", "userfaultfd"),
-        attempt("io_uring", "io_uring_setup"),
+        within("io_uring", "io_uring_setup"),
         attempt("bpf", "bpf"),
         attempt("perf_event_open", "perf_event_open"),
         attempt("kexec_load", "kexec_load"),
