@@ -194,10 +194,15 @@ impl Sandboxing {
             "run".into(),
             "--bundle".into(),
             plan.paths.specification.clone().into(),
-            plan.name.into(),
+            container_id(plan.instance, plan.name).into(),
         ]);
         (PathBuf::from("/bin/sh"), arguments)
     }
+}
+
+/// runsc listens on an abstract socket of the host with the container's name, so that must be of this instance.
+fn container_id(instance: &str, name: &str) -> String {
+    format!("{instance}-{name}")
 }
 
 /// One for each container, so that it is removed as a whole.
@@ -343,17 +348,17 @@ fn running_sandbox(state: &str) -> Option<i32> {
 pub(crate) struct SignalRelay {
     runsc: PathBuf,
     state_directory: PathBuf,
-    name: String,
+    id: String,
     executor: tokio::runtime::Handle,
 }
 
 impl SignalRelay {
     /// Called from a task.
-    pub(crate) fn new(runsc: &Path, state_root: &Path, name: &str) -> Self {
+    pub(crate) fn new(runsc: &Path, state_root: &Path, instance: &str, name: &str) -> Self {
         Self {
             runsc: runsc.to_owned(),
             state_directory: state_directory(state_root, name),
-            name: name.to_owned(),
+            id: container_id(instance, name),
             executor: tokio::runtime::Handle::current(),
         }
     }
@@ -365,13 +370,13 @@ impl SignalRelay {
             "--root".into(),
             self.state_directory.clone().into(),
             "kill".into(),
-            self.name.clone().into(),
+            self.id.clone().into(),
             (signal as i32).to_string().into(),
         ];
-        let name = self.name.clone();
+        let id = self.id.clone();
         self.executor.spawn(async move {
             if let Err(error) = command::run(&runsc, &arguments, Input::None).await {
-                tracing::debug!(container = %name, %signal, error = %crate::chain(&error), "a signal was not delivered");
+                tracing::debug!(container = %id, %signal, error = %crate::chain(&error), "a signal was not delivered");
             }
         });
     }

@@ -33,6 +33,8 @@ pub(crate) struct RunPlan<'a> {
     pub state_root: &'a Path,
     pub paths: &'a BundlePaths,
     pub name: &'a str,
+    /// [`crate::ContainerConfig::short_id`].
+    pub instance: &'a str,
     pub network: NetworkMode,
     /// From [`OciProgram::create_cgroup`].
     pub join: &'a [PathBuf],

@@ -7,6 +7,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use ionian_domain::container::ContainerExit;
 
@@ -28,7 +29,8 @@ pub(super) struct Leftovers {
     pub(super) program: Arc<OciProgram>,
     pub(super) name: String,
     pub(super) paths: BundlePaths,
-    pub(super) mount: Option<MountGuard>,
+    /// The root. Its sender goes when nothing more is made for the container.
+    mount: Option<Receiver<MountGuard>>,
     pub(super) slot: Option<Slot>,
     removed: bool,
 }
@@ -70,9 +72,19 @@ impl Leftovers {
         Ok(leftovers)
     }
 
+    /// Where the job that prepares the container puts its root. A start can be abandoned while that job runs, and
+    /// nothing is removed before it has ended.
+    pub(super) fn expect_mount(&mut self) -> Sender<MountGuard> {
+        let (sender, receiver) = channel();
+        self.mount = Some(receiver);
+        sender
+    }
+
     /// Goes on after a failure, so that one stuck part does not keep the others; returns the first.
     fn remove_everything(&mut self) -> Result<(), DisposeError> {
         self.removed = true;
+        // All that the job sent, once it has ended.
+        let mounts: Vec<_> = self.mount.take().into_iter().flatten().collect();
         let name = self.name.clone();
         let cgroup = self.inner.cgroup_of(&name);
         let failed = |error| cgroup_failure(&name, error);
@@ -80,7 +92,7 @@ impl Leftovers {
             self.inner.cgroups.kill_all(&cgroup).map(|_| ()).map_err(failed),
             self.inner.cgroups.remove(&cgroup).map(|_| ()).map_err(failed),
         ];
-        if let Some(mount) = self.mount.take() {
+        for mount in mounts {
             let path = mount.path().to_owned();
             results.push(mount.unmount().map_err(|error| DisposeError::Unmount {
                 name: name.clone(),

@@ -131,8 +131,11 @@ pub(super) async fn start(
     let prepared = {
         let paths = paths.clone();
         let (cgroups, program) = (inner.cgroups.clone(), Arc::clone(&leftovers.program));
+        let mount = leftovers.expect_mount();
         run_blocking(move || {
-            let mount = mount_root(&launch, &paths)?;
+            let mounted = mount_root(&launch, &paths)?;
+            // Not returned: whoever waits for the return may have stopped waiting.
+            let _ = mount.send(mounted);
             stopwatch.step("mount");
             let result = write_bundle(&launch, &paths, &program, &cgroup, network).and_then(|()| {
                 program
@@ -144,12 +147,11 @@ pub(super) async fn start(
                     })
             });
             stopwatch.step("bundle");
-            Ok((mount, result, stopwatch))
+            Ok((result, stopwatch))
         })
         .await
     };
-    let (mount, written, mut stopwatch) = prepared?;
-    leftovers.mount = Some(mount);
+    let (written, mut stopwatch) = prepared?;
     let join = written?;
 
     let prepare = |source| StartError::Prepare {
@@ -159,6 +161,7 @@ pub(super) async fn start(
     };
     let program = Arc::clone(&leftovers.program);
     let state_root = inner.config.runc_root();
+    let instance = inner.config.short_id();
     let start_file = StartFile::watch(&program, &state_root, &paths, &name).map_err(prepare)?;
     let (stdout, stdout_writer) = output_pipe().map_err(prepare)?;
     let (stderr, stderr_writer) = output_pipe().map_err(prepare)?;
@@ -166,6 +169,7 @@ pub(super) async fn start(
         state_root: &state_root,
         paths: &paths,
         name: &name,
+        instance: &instance,
         network: network_mode,
         join: &join,
     });
@@ -206,7 +210,7 @@ pub(super) async fn start(
     })
     .map_err(prepare)?;
     if program.sandboxing.is_some() {
-        handle.relay_signals(SignalRelay::new(&program.path, &state_root, &name));
+        handle.relay_signals(SignalRelay::new(&program.path, &state_root, &instance, &name));
     }
     stopwatch.step("runc");
     Ok(Running {

@@ -3,7 +3,7 @@
 use ionian_container::{Bind, ContainerConfig, Feature, NetworkMode, OpenError, Signal, StartError};
 use ionian_domain::container::{ContainerExit, RuntimeKind};
 
-use crate::support::{Subject, eventually, finish, processes_with, read_until, run};
+use crate::support::{Subject, eventually, finish, processes_with, read_until, run, sandboxes_of};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exit_codes_and_output_arrive() {
@@ -72,7 +72,7 @@ async fn a_kill_ends_every_process_and_waiting_again_gives_the_same() {
         assert_eq!(container.wait().await, ContainerExit::Signaled { signal: 9 });
         assert_eq!(container.wait().await, ContainerExit::Signaled { signal: 9 });
         eventually("the children are gone", || processes_with(&duration) == 0).await;
-        eventually("so is a sandbox", || processes_with(&name) == 0).await;
+        eventually("so is a sandbox", || sandboxes_of(&name) == 0).await;
         // Too late, and no error.
         handle.signal(Signal::SIGTERM).unwrap();
         container.dispose().await.unwrap();
@@ -94,7 +94,7 @@ async fn a_dropped_container_is_killed() {
         eventually("it runs", || subject.has_processes(&name, &duration, 1)).await;
         drop(container);
         eventually("it is gone", || processes_with(&duration) == 0).await;
-        eventually("so is a sandbox", || processes_with(&name) == 0).await;
+        eventually("so is a sandbox", || sandboxes_of(&name) == 0).await;
         if let Subject::Isolated(platform) = &subject {
             eventually("its traces are gone", || platform.container_traces().is_empty()).await;
         }

@@ -145,7 +145,7 @@ impl Subject {
     /// sandbox's are not to be seen there; it is, by the container's name.
     pub(crate) fn has_processes(&self, container: &str, word: &str, count: usize) -> bool {
         let found = match self.runtime().kind() {
-            RuntimeKind::Gvisor => usize::from(processes_with(container) > 0) * count,
+            RuntimeKind::Gvisor => usize::from(sandboxes_of(container) > 0) * count,
             RuntimeKind::Runc | RuntimeKind::Process => processes_with(word),
         };
         found == count
@@ -372,15 +372,22 @@ pub(crate) async fn read_until(stream: &mut OutputStream, word: &str) -> String 
 
 /// How many processes of the host have this word in their command line.
 pub(crate) fn processes_with(word: &str) -> usize {
+    processes(|argument| argument == word.as_bytes())
+}
+
+/// How many of the host's processes are of this container's sandbox.
+pub(crate) fn sandboxes_of(container: &str) -> usize {
+    let ending = format!("-{container}");
+    processes(|argument| argument.ends_with(ending.as_bytes()))
+}
+
+fn processes(has: impl Fn(&[u8]) -> bool) -> usize {
     fs::read_dir("/proc")
         .unwrap()
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
         .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
-        .filter(|line| {
-            line.split(|byte| *byte == 0)
-                .any(|argument| argument == word.as_bytes())
-        })
+        .filter(|line| line.split(|byte| *byte == 0).any(&has))
         .count()
 }
 

@@ -19,6 +19,7 @@ use crate::outside::{CANARY, METADATA, Outside, PORT, serve_on_host};
 use crate::probe::{Answer, answer, probing};
 use crate::support::{
     LIMIT, Platform, Subject, can_isolate, eventually, finish, has_gvisor, processes_with, read_until, rootfs, run,
+    sandboxes_of,
 };
 
 const DOCUMENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/conformance.md");
@@ -323,7 +324,7 @@ async fn removal(subject: Arc<Subject>) {
     handle.kill();
     assert!(subject.runtime().reap().await.unwrap().is_empty());
     assert!(subject.runtime().reap().await.unwrap().is_empty());
-    assert_eq!(processes_with(&name), 0);
+    assert_eq!((processes_with(&name), sandboxes_of(&name)), (0, 0));
     no_traces(&subject);
 }
 
@@ -339,7 +340,7 @@ async fn detached(subject: Arc<Subject>) {
     read_until(container.stdout.as_mut().unwrap(), "ready").await;
     eventually("they run", || subject.has_processes(&name, &duration, 2)).await;
     container.dispose().await.unwrap();
-    assert_eq!((processes_with(&duration), processes_with(&name)), (0, 0));
+    assert_eq!((processes_with(&duration), sandboxes_of(&name)), (0, 0));
 }
 
 /// Not a test of its own: the process that [`after_a_crash`] lets crash.
@@ -395,7 +396,8 @@ async fn after_a_crash(subject: Arc<Subject>) {
     let config = crash_config(&state_dir);
     let runtime = ionian_container::open(kind, config.clone()).await.unwrap();
     runtime.reap().await.unwrap();
-    assert_eq!(processes_with(&crash_name(&state_dir)), 0);
+    let name = crash_name(&state_dir);
+    assert_eq!((processes_with(&name), sandboxes_of(&name)), (0, 0));
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains(&state_dir), "{mounts}");
     assert!(runtime.reap().await.unwrap().is_empty());
