@@ -82,9 +82,18 @@ fn check(result: c_long) -> io::Result<String> {
 }
 
 fn call(number: c_long, arguments: [c_long; 6]) -> io::Result<String> {
-    let [a, b, c, d, e, f] = arguments;
     // SAFETY: every caller passes integers, null, or pointers to what lives until the call returns.
-    check(unsafe { libc::syscall(number, a, b, c, d, e, f) })
+    check(unsafe {
+        libc::syscall(
+            number,
+            arguments[0],
+            arguments[1],
+            arguments[2],
+            arguments[3],
+            arguments[4],
+            arguments[5],
+        )
+    })
 }
 
 fn pointer(text: &CString) -> c_long {

@@ -270,7 +270,7 @@ async fn environment(subject: Arc<Subject>) {
     launch
         .env
         .push(("GREETING".to_owned(), "hello = 'world'\nagain".to_owned()));
-    launch.workdir = "/tmp".to_owned();
+    "/tmp".clone_into(&mut launch.workdir);
     let finished = run(subject.runtime(), launch).await;
     assert_eq!(finished.stdout, "hello = 'world'\nagain||/tmp\n");
 }
