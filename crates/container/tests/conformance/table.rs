@@ -694,3 +694,38 @@ async fn allow_list(subject: Arc<Subject>) {
     let found = connect(&subject, everything, &format!("{METADATA}:{PORT}")).await;
     assert!(is_refused(&found), "{found:?}");
 }
+
+/// Prints what a start costs on each isolated runtime; nothing is asserted, since tests share the machine.
+#[tokio::test(flavor = "multi_thread")]
+async fn starts_are_measured_side_by_side() {
+    const ROUNDS: usize = 9;
+    if !can_isolate() {
+        return;
+    }
+    for platform in Platform::all("side-by-side").await {
+        let mut starts = Vec::new();
+        for egress in [Egress::Open, Egress::Blocked] {
+            let mut totals = Vec::new();
+            for round in 0..ROUNDS {
+                platform.runtime.bridge_network().wait_until_warm().await;
+                let mut launch = platform.launch(&format!("m{round}"), &["sleep", "1000"]);
+                launch.network = NetworkMode::Bridge;
+                launch.egress = egress.clone();
+                let container = platform.runtime.start(launch).await.unwrap();
+                totals.push(
+                    container
+                        .timings
+                        .steps
+                        .iter()
+                        .map(|(_, duration)| *duration)
+                        .sum::<Duration>(),
+                );
+                container.dispose().await.unwrap();
+            }
+            totals.sort();
+            starts.push((egress, totals[ROUNDS / 2]));
+        }
+        println!("{}: medians of {ROUNDS} starts: {starts:?}", platform.runtime.kind());
+        platform.close().await;
+    }
+}
