@@ -23,6 +23,8 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, getrlimit};
 
+use crate::cgroup::{CPU_PERIOD, cpu_quota};
+use crate::oci::OciProgram;
 use crate::passwd::Identity;
 use crate::runtime::{Bind, Launch, Limits};
 use crate::seccomp;
@@ -64,12 +66,16 @@ const MASKED_PATHS: [&str; 11] = [
     "/sys/firmware",
 ];
 
-const READ_ONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+/// The last is the directory of version 1's hierarchies: runc leaves it writable, though not what is in it.
+const READ_ONLY_PATHS: [&str; 6] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+    "/sys/fs/cgroup",
+];
 
-/// The period of the CPU quota, in microseconds: the kernel's default.
-const CPU_PERIOD: u64 = 100_000;
-/// The kernel refuses a smaller quota.
-const MIN_CPU_QUOTA: i64 = 1_000;
 const MIN_CPU_SHARES: u64 = 2;
 const MAX_CPU_SHARES: u64 = 262_144;
 
@@ -127,6 +133,7 @@ pub(crate) struct BundleFacts<'a> {
     pub cgroup: &'a str,
     /// `None` gives the container an empty network namespace.
     pub network: Option<BundleNetwork>,
+    pub program: &'a OciProgram,
 }
 
 pub(crate) struct BundleNetwork {
@@ -153,7 +160,7 @@ pub(crate) fn write(launch: &Launch, facts: &BundleFacts<'_>) -> io::Result<()> 
         .as_ref()
         .map_or("", |network| network.resolv_conf.as_str());
     std::fs::write(paths.resolv_conf(), resolv_conf)?;
-    let spec = spec(launch, facts).map_err(io::Error::other)?;
+    let spec = facts.program.adapt(spec(launch, facts).map_err(io::Error::other)?)?;
     std::fs::write(paths.config(), serde_json::to_vec(&spec)?)
 }
 
@@ -277,7 +284,7 @@ fn resources(limits: Limits) -> Result<LinuxResources, OciSpecError> {
         resources = resources.memory(LinuxMemoryBuilder::default().limit(bytes).swap(bytes).build()?);
     }
     if let Some(millis) = limits.cpu_millis {
-        let quota = (i64::from(millis) * CPU_PERIOD as i64 / 1000).max(MIN_CPU_QUOTA);
+        let quota = cpu_quota(millis);
         let shares = (u64::from(millis) * 1024 / 1000).clamp(MIN_CPU_SHARES, MAX_CPU_SHARES);
         resources = resources.cpu(
             LinuxCpuBuilder::default()
@@ -354,6 +361,7 @@ fn bind(wanted: &Bind) -> Result<Mount, OciSpecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cgroup::MIN_CPU_QUOTA;
     use crate::runtime::Rootfs;
 
     fn json(launch: &Launch, identity: &Identity) -> serde_json::Value {
@@ -366,6 +374,7 @@ mod tests {
             identity,
             cgroup: "/ionian/x/y",
             network: None,
+            program: &OciProgram::runc(PathBuf::from("runc")),
         };
         serde_json::to_value(spec(launch, &facts).unwrap()).unwrap()
     }

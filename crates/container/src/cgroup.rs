@@ -1,7 +1,7 @@
 //! Control groups, both versions: where they are, who is in them, and their removal.
 //!
-//! runc creates a container's groups and sets their limits. This module reads what became of them and removes
-//! them, since runc's own removal would take the count of out-of-memory kills with it.
+//! runc creates a container's groups and sets their limits; for a sandbox, this module does. It reads what became
+//! of them and removes them, since runc's own removal would take the count of out-of-memory kills with it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,9 +14,15 @@ use rustix::process::{Signal, pidfd_send_signal};
 
 use crate::mounts;
 use crate::running::{KILL_TIMEOUT, open_pidfd};
+use crate::runtime::Limits;
 
 /// Without these, limits would be silently absent.
 const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
+
+/// The period of the CPU quota, in microseconds: the kernel's default.
+pub(crate) const CPU_PERIOD: u64 = 100_000;
+/// The kernel refuses a smaller quota.
+pub(crate) const MIN_CPU_QUOTA: i64 = 1_000;
 
 /// A group stays busy for a moment after its last process was seen to end.
 const REMOVE_RETRIES: usize = 100;
@@ -31,6 +37,8 @@ pub(crate) struct Hierarchies {
     /// Every mount point: one in all with version 2, one per set of controllers with version 1, and both on
     /// hybrid hosts, where version 1 has the controllers.
     mounts: Vec<PathBuf>,
+    /// Those of `mounts` that have one of the [`NEEDED`] controllers.
+    limiting: Vec<PathBuf>,
     memory: MemoryGroup,
 }
 
@@ -54,6 +62,7 @@ impl Hierarchies {
     pub(crate) fn detect() -> Result<Self, String> {
         let table = mounts::read().map_err(|error| format!("failed to read the mount table: {error}"))?;
         let mut points = Vec::new();
+        let mut limiting = Vec::new();
         let mut available = BTreeSet::new();
         let mut v1_memory = None;
         let mut v2_memory = None;
@@ -69,11 +78,17 @@ impl Hierarchies {
                     if controllers.split_whitespace().any(|name| name == "memory") {
                         v2_memory = Some(mount.target.clone());
                     }
+                    if controllers.split_whitespace().any(|name| NEEDED.contains(&name)) {
+                        limiting.push(mount.target.clone());
+                    }
                     available.extend(controllers.split_whitespace().map(str::to_owned));
                 }
                 "cgroup" => {
                     if mount.options.iter().any(|option| option == "memory") {
                         v1_memory = Some(mount.target.clone());
+                    }
+                    if mount.options.iter().any(|option| NEEDED.contains(&option.as_str())) {
+                        limiting.push(mount.target.clone());
                     }
                     available.extend(mount.options);
                 }
@@ -93,9 +108,15 @@ impl Hierarchies {
             (None, Some(path)) => MemoryGroup::V2(path),
             (None, None) => return Err("the memory controller is not mounted".to_owned()),
         };
-        points.sort();
-        points.dedup();
-        Ok(Self { mounts: points, memory })
+        for list in [&mut points, &mut limiting] {
+            list.sort();
+            list.dedup();
+        }
+        Ok(Self {
+            mounts: points,
+            limiting,
+            memory,
+        })
     }
 
     pub(crate) fn is_v2(&self) -> bool {
@@ -136,6 +157,30 @@ impl Hierarchies {
         Ok(names)
     }
 
+    /// Makes the group with its limits, for a runtime that does not do so itself. Returns the files that a
+    /// process writes `0` to in order to join.
+    pub(crate) fn create(&self, cgroup: &str, limits: Limits) -> io::Result<Vec<PathBuf>> {
+        let mut join = Vec::new();
+        for mount in &self.limiting {
+            let directory = mount.join(cgroup.trim_start_matches('/'));
+            fs::create_dir_all(&directory)?;
+            if self.is_v2() {
+                delegate(mount, &directory)?;
+            }
+            for (file, value) in settings(limits) {
+                // Each is there in one version, and in one hierarchy of it.
+                let path = directory.join(file);
+                if path.exists() {
+                    fs::write(&path, value).map_err(|error| {
+                        io::Error::new(error.kind(), format!("writing {}: {error}", path.display()))
+                    })?;
+                }
+            }
+            join.push(directory.join("cgroup.procs"));
+        }
+        Ok(join)
+    }
+
     /// Kills every process of the group and waits for their ends. Returns how many there were.
     pub(crate) fn kill_all(&self, cgroup: &str) -> Result<usize, CgroupError> {
         let deadline = Instant::now() + KILL_TIMEOUT;
@@ -174,6 +219,47 @@ impl Hierarchies {
         }
         Ok(processes)
     }
+}
+
+/// With version 2, a group has the controllers that each group above it hands down.
+fn delegate(mount: &Path, directory: &Path) -> io::Result<()> {
+    for above in directory
+        .ancestors()
+        .skip(1)
+        .take_while(|above| above.starts_with(mount))
+        .collect::<Vec<_>>()
+        .into_iter()
+        .rev()
+    {
+        fs::write(above.join("cgroup.subtree_control"), "+cpu +memory +pids")?;
+    }
+    Ok(())
+}
+
+/// In the order to write them: swap is never below memory.
+fn settings(limits: Limits) -> Vec<(&'static str, String)> {
+    let mut settings = Vec::new();
+    if let Some(bytes) = limits.memory_bytes {
+        settings.push(("memory.limit_in_bytes", bytes.to_string()));
+        settings.push(("memory.memsw.limit_in_bytes", bytes.to_string()));
+        settings.push(("memory.max", bytes.to_string()));
+        settings.push(("memory.swap.max", "0".to_owned()));
+    }
+    if let Some(millis) = limits.cpu_millis {
+        let quota = cpu_quota(millis);
+        settings.push(("cpu.cfs_period_us", CPU_PERIOD.to_string()));
+        settings.push(("cpu.cfs_quota_us", quota.to_string()));
+        settings.push(("cpu.max", format!("{quota} {CPU_PERIOD}")));
+    }
+    if let Some(pids) = limits.pids {
+        settings.push(("pids.max", pids.to_string()));
+    }
+    settings
+}
+
+/// Microseconds of CPU in each [`CPU_PERIOD`].
+pub(crate) fn cpu_quota(millis: u32) -> i64 {
+    (i64::from(millis) * CPU_PERIOD as i64 / 1000).max(MIN_CPU_QUOTA)
 }
 
 /// Whether all ended before the deadline.

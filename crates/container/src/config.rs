@@ -21,6 +21,8 @@ pub struct ContainerConfig {
     pub volatile_dir: PathBuf,
     /// `None` looks for `runc` in `PATH`.
     pub runc_path: Option<PathBuf>,
+    /// `None` looks for `runsc` in `PATH`, when the gvisor runtime is opened.
+    pub runsc_path: Option<PathBuf>,
     /// The control group under which each instance has one of its own.
     pub cgroup_parent: String,
     /// From where this instance takes one /22 that nothing on the host uses.
@@ -42,6 +44,7 @@ impl ContainerConfig {
             instance_id,
             state_dir: state_dir.into(),
             runc_path: None,
+            runsc_path: None,
             cgroup_parent: "/ionian".to_owned(),
             address_pool: AddressPool::default(),
             warm_network_slots: Self::DEFAULT_WARM_NETWORK_SLOTS,

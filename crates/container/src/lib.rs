@@ -13,6 +13,8 @@
 //! | [`config`] | what an instance of the platform has of its own |
 //! | `keeper` | the process that stays with a container when this one ends |
 //! | `runc`, `bundle`, `seccomp`, `passwd` | the isolated runtime and the OCI bundle it starts from |
+//! | `gvisor` | the isolated runtime with a kernel of its own |
+//! | `oci` | what `runc` and `runsc` are called with, and what their ends mean |
 //! | `process` | the runtime without isolation |
 //! | [`overlay`] | layers stacked into one directory |
 //! | [`network`] | bridge, addresses, firewall, name servers |
@@ -24,9 +26,11 @@ mod cgroup;
 mod command;
 pub mod config;
 mod descriptor;
+mod gvisor;
 mod keeper;
 mod mounts;
 pub mod network;
+mod oci;
 pub mod overlay;
 mod passwd;
 pub mod probe;
@@ -41,7 +45,8 @@ use std::sync::Arc;
 use ionian_domain::container::RuntimeKind;
 
 pub use config::{AddressPool, ContainerConfig};
-pub use network::{Network, NetworkError};
+pub use gvisor::GvisorRuntime;
+pub use network::{Cidr, CidrError, Egress, Network, NetworkError};
 pub use overlay::{MountGuard, OverlayError, WritableLayer, mount_overlay};
 pub use probe::{Probe, probe};
 pub use process::ProcessRuntime;
@@ -57,7 +62,7 @@ pub use nix::sys::signal::Signal;
 pub async fn open(kind: RuntimeKind, config: ContainerConfig) -> Result<Arc<dyn Runtime>, OpenError> {
     match kind {
         RuntimeKind::Runc => Ok(Arc::new(RuncRuntime::open(config).await?)),
-        RuntimeKind::Gvisor => Err(OpenError::NotAvailable(kind)),
+        RuntimeKind::Gvisor => Ok(Arc::new(GvisorRuntime::open(config).await?)),
         RuntimeKind::Process => Ok(Arc::new(ProcessRuntime::new())),
     }
 }

@@ -17,6 +17,7 @@
 //! with the last holder. Such containers keep their addresses: the next process takes bridge, firewall and
 //! subnet over ([`survivor`]).
 
+mod egress;
 mod firewall;
 mod link;
 pub mod resolver;
@@ -36,6 +37,9 @@ use tokio::task::AbortHandle;
 
 use crate::config::ContainerConfig;
 use crate::keeper::record::NetworkRecord;
+pub(crate) use egress::Policy;
+pub use egress::{Cidr, CidrError, Egress, MAX_CIDRS};
+use firewall::ContainerRules;
 pub use subnet::Subnet;
 pub(crate) use survivor::Survivor;
 
@@ -96,6 +100,8 @@ pub(crate) struct Slot {
     /// `None` for a container of an earlier process, whose own processes hold it.
     namespace: Option<OwnedFd>,
     claim: Claim,
+    /// `None` while the outside is open.
+    rules: Option<ContainerRules>,
     addresses: Arc<Mutex<Addresses>>,
 }
 
@@ -109,6 +115,7 @@ impl Slot {
         NetworkRecord {
             address: self.claim.address,
             host_link: self.claim.host_link.clone(),
+            egress: self.rules.as_ref().map_or(Egress::Open, |rules| rules.egress().clone()),
         }
     }
 
@@ -119,13 +126,17 @@ impl Slot {
     }
 
     /// Removes the host's end, and with it `eth0`. Blocks.
-    pub(crate) fn release(self) -> Result<(), NetworkError> {
-        link::delete(&self.claim.host_link).map(|_| ())
+    pub(crate) fn release(mut self) -> Result<(), NetworkError> {
+        let link = link::delete(&self.claim.host_link).map(|_| ());
+        // After the interface, so that the rules are there as long as a packet may come.
+        let rules = self.rules.take().map_or(Ok(()), ContainerRules::remove);
+        link.and(rules)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
+        self.rules = None;
         lock(&self.addresses).release(&self.claim);
     }
 }
@@ -134,7 +145,13 @@ impl Network {
     /// The bridge's and the firewall table's names are made from the instance's id, so what is left of an
     /// earlier run is found and replaced, or taken over if its containers still use it. The pool is empty until
     /// [`Self::fill_pool`], so that such containers get their addresses first.
-    pub(crate) async fn open(config: &ContainerConfig, survivor: Option<Survivor>) -> Result<Self, NetworkError> {
+    ///
+    /// `policies` are of the containers that live on.
+    pub(crate) async fn open(
+        config: &ContainerConfig,
+        survivor: Option<Survivor>,
+        policies: &[Policy],
+    ) -> Result<Self, NetworkError> {
         let names = Names::of(config);
         let resolver = resolver::resolv_conf(&config.nameservers);
         if let Some(problem) = &resolver.problem {
@@ -157,8 +174,9 @@ impl Network {
         })
         .await?;
         enable_forwarding()?;
+        // Also where it is taken over, so that rules of containers that have ended go: it is replaced at once.
+        firewall::create(&names.table, &names.bridge, subnet, policies).await?;
         if survivor.is_none() {
-            firewall::create(&names.table, &names.bridge, subnet).await?;
             let rules = firewall::digest(&names.table, &names.bridge, subnet);
             survivor::remember(config, subnet, rules)?;
         }
@@ -230,8 +248,24 @@ impl Network {
         Some(Slot {
             namespace: None,
             claim,
+            rules: record
+                .policy()
+                .map(|policy| ContainerRules::of(&self.shared.table, policy)),
             addresses: Arc::clone(&self.shared.addresses),
         })
+    }
+
+    /// Limits what the slot's container reaches, before it is started.
+    pub(crate) async fn limit_egress(&self, slot: &mut Slot, egress: &Egress) -> Result<(), NetworkError> {
+        if *egress == Egress::Open {
+            return Ok(());
+        }
+        let policy = Policy {
+            address: slot.claim.address,
+            egress: egress.clone(),
+        };
+        slot.rules = ContainerRules::apply(&self.shared.table, policy).await?;
+        Ok(())
     }
 
     /// Waits until the pool is as full as it should be: for tests and measurements.
@@ -429,6 +463,7 @@ async fn create_slot(shared: &Arc<Shared>) -> Result<Slot, NetworkError> {
             Ok(namespace) => Ok(Slot {
                 namespace: Some(namespace),
                 claim,
+                rules: None,
                 addresses: Arc::clone(&shared.addresses),
             }),
             Err(error) => {
@@ -511,6 +546,7 @@ mod tests {
         let record = |last, link: &str| NetworkRecord {
             address: Ipv4Addr::new(172, 29, 0, last),
             host_link: link.to_owned(),
+            egress: Egress::Open,
         };
         let taken = addresses.claim_again(&record(9, "iv00002")).unwrap();
         for bad in [

@@ -4,26 +4,61 @@
 //! system and network. What it cannot do is refused rather than ignored, so that nobody believes in a limit
 //! that is not there. A process that leaves the group (a daemon) outlives it.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use async_trait::async_trait;
 use ionian_domain::container::{ContainerExit, RuntimeKind, StartTimings};
 use tokio::process::Command;
 
-use crate::network::Network;
+use crate::network::{Egress, Network};
 use crate::running::{ContainerHandle, MainProcess, Remains, Started, output_pipe};
 use crate::runtime::{
     Capabilities, DisposeError, Feature, Launch, Limits, NetworkMode, ReapError, ReapReport, RunningContainer, Runtime,
     StartError, Upper,
 };
 
+/// Those in use.
+type Names = Arc<Mutex<BTreeSet<String>>>;
+
+/// A name that is given back when its container has been disposed of.
+#[derive(Debug)]
+struct Name {
+    names: Names,
+    name: String,
+}
+
+impl Name {
+    fn claim(names: &Names, name: &str) -> Result<Self, StartError> {
+        if !lock(names).insert(name.to_owned()) {
+            return Err(StartError::NameTaken { name: name.to_owned() });
+        }
+        Ok(Self {
+            names: Arc::clone(names),
+            name: name.to_owned(),
+        })
+    }
+}
+
+impl Drop for Name {
+    fn drop(&mut self) {
+        lock(&self.names).remove(&self.name);
+    }
+}
+
+fn lock(names: &Names) -> MutexGuard<'_, BTreeSet<String>> {
+    names.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[derive(Debug, Default)]
 pub struct ProcessRuntime {
+    names: Names,
     shut_down: AtomicBool,
 }
 
@@ -46,6 +81,7 @@ impl Runtime for ProcessRuntime {
             Feature::Layers,
             Feature::Binds,
             Feature::OwnNetwork,
+            Feature::Egress,
             Feature::Users,
             Feature::EndsAllProcesses,
             Feature::Adoption,
@@ -62,6 +98,7 @@ impl Runtime for ProcessRuntime {
         if self.shut_down.load(Ordering::Acquire) {
             return Err(StartError::ShutDown);
         }
+        let claimed = Name::claim(&self.names, &launch.name)?;
         let began = Instant::now();
         let name = launch.name.clone();
         let program = PathBuf::from(&launch.argv[0]);
@@ -96,7 +133,7 @@ impl Runtime for ProcessRuntime {
             steps: vec![("spawn".to_owned(), began.elapsed())],
         };
         let address = Some(IpAddr::V4(Ipv4Addr::LOCALHOST));
-        let remains = Box::new(Nothing);
+        let remains = Box::new(OnlyName { _name: claimed });
         Ok(RunningContainer::new(Started {
             name,
             pid,
@@ -128,6 +165,8 @@ fn refuse_what_is_missing(launch: &Launch) -> Result<(), StartError> {
         Some("bind mounts (pass the paths of the host)")
     } else if launch.limits != Limits::default() {
         Some("memory, CPU or process limits")
+    } else if launch.egress != Egress::Open {
+        Some("way to block or limit the network")
     } else if launch.network != NetworkMode::Host {
         Some("network of its own (ask for the host's)")
     } else if launch.user.is_some() {
@@ -146,9 +185,11 @@ fn refuse_what_is_missing(launch: &Launch) -> Result<(), StartError> {
 }
 
 /// The process group was killed when its leader's end was seen; nothing else is there.
-struct Nothing;
+struct OnlyName {
+    _name: Name,
+}
 
-impl Remains for Nothing {
+impl Remains for OnlyName {
     fn exit_of(&self, status: ExitStatus) -> ContainerExit {
         match (status.code(), status.signal()) {
             (Some(code), _) => ContainerExit::Exited { code },

@@ -31,6 +31,7 @@ use crate::cgroup::Hierarchies;
 use crate::config::ContainerConfig;
 use crate::keeper::{self, record};
 use crate::network::{Network, Slot, Survivor};
+use crate::oci::OciProgram;
 use crate::running::Remains;
 use crate::runtime::{
     Capabilities, DisposeError, Launch, NetworkMode, OpenError, ReapError, ReapReport, RunningContainer, Runtime,
@@ -39,11 +40,11 @@ use crate::runtime::{
 
 pub struct RuncRuntime {
     inner: Arc<Inner>,
+    program: Arc<OciProgram>,
 }
 
 struct Inner {
     config: ContainerConfig,
-    runc: PathBuf,
     cgroups: Hierarchies,
     network: Network,
     /// Names this run of the machine.
@@ -69,11 +70,6 @@ impl RuncRuntime {
     /// Checks the host, finds what may be adopted, removes what else an earlier run left behind and sets up
     /// the network, or takes it over with its containers.
     pub async fn open(config: ContainerConfig) -> Result<Self, OpenError> {
-        if !nix::unistd::geteuid().is_root() {
-            return Err(OpenError::NeedsRoot {
-                runtime: RuntimeKind::Runc,
-            });
-        }
         let runc = match &config.runc_path {
             Some(path) => path.clone(),
             None => find_program("runc").ok_or(OpenError::ProgramMissing {
@@ -81,6 +77,15 @@ impl RuncRuntime {
                 package: "runc",
             })?,
         };
+        Self::open_with(config, OciProgram::runc(runc)).await
+    }
+
+    /// The same for another program.
+    pub(crate) async fn open_with(config: ContainerConfig, program: OciProgram) -> Result<Self, OpenError> {
+        let runtime = program.kind();
+        if !nix::unistd::geteuid().is_root() {
+            return Err(OpenError::NeedsRoot { runtime });
+        }
         find_program("nft").ok_or(OpenError::ProgramMissing {
             program: "nft",
             package: "nftables",
@@ -113,10 +118,13 @@ impl RuncRuntime {
         if !report.is_empty() {
             tracing::warn!(?report, "removed what an earlier run left behind");
         }
-        let network = Network::open(&config, survivor).await.map_err(OpenError::Network)?;
+        let policies: Vec<_> = found.values().filter_map(adoption::Found::policy).collect();
+        let network = Network::open(&config, survivor, &policies)
+            .await
+            .map_err(OpenError::Network)?;
         let adoptable = adoption::take_over(found, &network);
         network.fill_pool();
-        tracing::info!(runc = %runc.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), "the runc runtime is ready");
+        tracing::info!(program = %program.path.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), "the {runtime} runtime is ready");
         let live = Mutex::new(Live {
             adoptable,
             ..Live::default()
@@ -124,7 +132,6 @@ impl RuncRuntime {
         Ok(Self {
             inner: Arc::new(Inner {
                 config,
-                runc,
                 cgroups,
                 network,
                 boot_id,
@@ -132,7 +139,20 @@ impl RuncRuntime {
                 live,
                 _lock: lock,
             }),
+            program: Arc::new(program),
         })
+    }
+
+    /// Another program for containers of the same instance.
+    pub(crate) fn beside(&self, program: OciProgram) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            program: Arc::new(program),
+        }
+    }
+
+    pub(crate) fn config(&self) -> &ContainerConfig {
+        &self.inner.config
     }
 
     /// The same as [`Runtime::network`], which is always there for this runtime.
@@ -144,7 +164,7 @@ impl RuncRuntime {
 #[async_trait]
 impl Runtime for RuncRuntime {
     fn kind(&self) -> RuntimeKind {
-        RuntimeKind::Runc
+        self.program.kind()
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -160,18 +180,18 @@ impl Runtime for RuncRuntime {
         if launch.network == NetworkMode::Host {
             let what = "access to the host's network".to_owned();
             return Err(StartError::Unsupported {
-                runtime: RuntimeKind::Runc,
+                runtime: self.kind(),
                 what,
             });
         }
         if launch.rootfs.lower_dirs.is_empty() {
             let what = "way to run on the host's own file system (the root has no layers)".to_owned();
             return Err(StartError::Unsupported {
-                runtime: RuntimeKind::Runc,
+                runtime: self.kind(),
                 what,
             });
         }
-        let mut leftovers = Leftovers::claim(&self.inner, &launch.name)?;
+        let mut leftovers = Leftovers::claim(&self.inner, &self.program, &launch.name)?;
         match start(&self.inner, launch, &mut leftovers).await {
             Ok(started) => Ok(RunningContainer::new(started.with_remains(Box::new(leftovers)))),
             Err(error) => {
@@ -230,16 +250,21 @@ impl Runtime for RuncRuntime {
     }
 
     fn adoptable(&self) -> Vec<String> {
-        self.inner.live().adoptable.keys().cloned().collect()
+        let live = self.inner.live();
+        let own = live
+            .adoptable
+            .iter()
+            .filter(|(_, adoptable)| adoptable.is_of(&self.program));
+        own.map(|(name, _)| name.clone()).collect()
     }
 
     async fn adopt(&self, name: &str) -> Option<RunningContainer> {
-        adoption::adopt(&self.inner, name)
+        adoption::adopt(&self.inner, &self.program, name)
     }
 
     async fn discard_unadopted(&self) -> Result<(), DisposeError> {
-        let inner = Arc::clone(&self.inner);
-        run_blocking(move || adoption::discard(&inner)).await
+        let (inner, program) = (Arc::clone(&self.inner), Arc::clone(&self.program));
+        run_blocking(move || adoption::discard(&inner, &program)).await
     }
 
     async fn detach(&self) -> Result<(), ReapError> {

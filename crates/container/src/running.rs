@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use ionian_domain::container::{ContainerExit, StartTimings};
@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
 
 use crate::descriptor;
+use crate::gvisor::SignalRelay;
 use crate::keeper::Kept;
 use crate::runtime::{DisposeError, SignalError};
 
@@ -231,6 +232,8 @@ struct HandleInner {
     /// Without a pid namespace, the group that a kill reaches; `None` when its leader has been reaped and its
     /// number may belong to someone else.
     group: Mutex<Option<nix::unistd::Pid>>,
+    /// Set where the first process has no number on the host: `pidfd` is then its sandbox's.
+    relay: OnceLock<SignalRelay>,
 }
 
 impl ContainerHandle {
@@ -247,6 +250,7 @@ impl ContainerHandle {
                 was_killed: AtomicBool::new(false),
                 pidfd,
                 group: Mutex::new(None),
+                relay: OnceLock::new(),
             }),
         })
     }
@@ -261,13 +265,27 @@ impl ContainerHandle {
                 was_killed: AtomicBool::new(false),
                 pidfd,
                 group,
+                relay: OnceLock::new(),
             }),
         })
+    }
+
+    /// Signals but SIGKILL go this way from now on.
+    pub(crate) fn relay_signals(&self, relay: SignalRelay) {
+        if self.inner.relay.set(relay).is_err() {
+            tracing::error!(container = %self.inner.name, "signals of a container were relayed twice");
+        }
     }
 
     /// Signals the first process. A container that has ended already is not an error.
     pub fn signal(&self, signal: Signal) -> Result<(), SignalError> {
         let Some(pidfd) = &self.inner.pidfd else { return Ok(()) };
+        if signal != Signal::SIGKILL
+            && let Some(relay) = self.inner.relay.get()
+        {
+            relay.send(signal);
+            return Ok(());
+        }
         let failed = |source| SignalError {
             name: self.inner.name.clone(),
             signal,

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 use ionian_domain::container::RuntimeKind;
 
-use crate::network::{Network, NetworkError};
+use crate::network::{Egress, MAX_CIDRS, Network, NetworkError};
 pub use crate::running::{ContainerHandle, OutputStream, RunningContainer};
 
 /// One way of starting containers on this host.
@@ -99,6 +99,8 @@ pub struct Launch {
     /// Whether it lives on when this process ends without having ended it, and may be adopted by the next.
     /// Others (steps of a build) are killed and removed by the next process that opens the runtime.
     pub outlives_us: bool,
+    /// What it may reach outside, with [`NetworkMode::Bridge`].
+    pub egress: Egress,
 }
 
 impl Launch {
@@ -119,6 +121,7 @@ impl Launch {
             limits: Limits::default(),
             network: NetworkMode::None,
             outlives_us: false,
+            egress: Egress::Open,
         }
     }
 
@@ -166,6 +169,14 @@ impl Launch {
                 Self::MAX_ARGV_AND_ENV_BYTES
             ));
         }
+        if let Egress::Allow(ranges) = &self.egress
+            && ranges.len() > MAX_CIDRS
+        {
+            return invalid(format!(
+                "{} ranges may be reached outside, more than {MAX_CIDRS}; merge some",
+                ranges.len()
+            ));
+        }
         for bind in &self.binds {
             let leaves = bind.target.split('/').any(|part| part == "..");
             if !bind.target.starts_with('/') || bind.target == "/" || leaves {
@@ -190,6 +201,7 @@ impl fmt::Debug for Launch {
             .field("limits", &self.limits)
             .field("network", &self.network)
             .field("outlives_us", &self.outlives_us)
+            .field("egress", &self.egress)
             .finish()
     }
 }
@@ -271,6 +283,8 @@ pub enum Feature {
     Binds,
     /// An address and ports of its own.
     OwnNetwork,
+    /// Blocking or limiting what it reaches outside.
+    Egress,
     /// Another user than the platform's.
     Users,
     /// Ending every process that the container started, also those that detached themselves.
@@ -287,6 +301,7 @@ impl fmt::Display for Feature {
             Self::Layers => "an image as its root",
             Self::Binds => "bind mounts",
             Self::OwnNetwork => "a network of its own",
+            Self::Egress => "a blocked or limited network",
             Self::Users => "another user",
             Self::EndsAllProcesses => "ending processes that detached themselves",
             Self::Adoption => "containers that outlive the platform's process",
@@ -334,8 +349,8 @@ impl ReapReport {
 /// Why a runtime cannot be used on this host.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    #[error("the {0} runtime is not available yet; choose runc")]
-    NotAvailable(RuntimeKind),
+    #[error("{program} cannot be used: {reason}")]
+    ProgramUnusable { program: PathBuf, reason: String },
     #[error(
         "the {runtime} runtime needs root; run the platform as root, or choose the process runtime by name if its lack of isolation is acceptable"
     )]

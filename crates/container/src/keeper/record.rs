@@ -6,15 +6,17 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use ionian_domain::container::RuntimeKind;
 use serde::{Deserialize, Serialize};
 
+use crate::network::{Egress, Policy};
 use crate::running::open_pidfd;
 
 /// Of the file's form; another one is not adopted.
 const VERSION: u32 = 1;
 
-/// A record takes some 300 bytes; what is longer is none.
-const MAX_BYTES: u64 = 4 << 10;
+/// A record takes some 300 bytes, and 50 for each range that its container may reach; what is longer is none.
+const MAX_BYTES: u64 = 32 << 10;
 
 const FILE: &str = "container.json";
 
@@ -82,6 +84,8 @@ pub(crate) struct Record {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct StartedRecord {
     pub outlives_us: bool,
+    /// Only the same program may adopt it.
+    pub runtime: RuntimeKind,
     pub first_process: ProcessIdentity,
     pub network: Option<NetworkRecord>,
 }
@@ -90,6 +94,18 @@ pub(crate) struct StartedRecord {
 pub(crate) struct NetworkRecord {
     pub address: Ipv4Addr,
     pub host_link: String,
+    #[serde(default)]
+    pub egress: Egress,
+}
+
+impl NetworkRecord {
+    /// `None` while the outside is open.
+    pub(crate) fn policy(&self) -> Option<Policy> {
+        (self.egress != Egress::Open).then(|| Policy {
+            address: self.address,
+            egress: self.egress.clone(),
+        })
+    }
 }
 
 impl Record {

@@ -16,9 +16,11 @@ use ionian_domain::container::StartTimings;
 use super::Inner;
 use super::leftovers::{Leftovers, paths_of};
 use crate::config::ContainerConfig;
+use crate::gvisor::SignalRelay;
 use crate::keeper::record::{Record, StartedRecord};
 use crate::keeper::{self, Keeper, Kept, Readers};
-use crate::network::{Network, Slot, Survivor};
+use crate::network::{Network, Policy, Slot, Survivor};
+use crate::oci::OciProgram;
 use crate::running::{ContainerHandle, MainProcess, Remains, RunningContainer, Started};
 use crate::runtime::{DisposeError, ReapError};
 
@@ -31,6 +33,11 @@ pub(super) struct Found {
 impl Found {
     pub(super) fn host_link(&self) -> Option<String> {
         Some(self.started.network.as_ref()?.host_link.clone())
+    }
+
+    /// What its address may reach, if that is limited.
+    pub(super) fn policy(&self) -> Option<Policy> {
+        self.started.network.as_ref()?.policy()
     }
 
     pub(super) fn is_reachable_in(&self, survivor: Option<&Survivor>) -> bool {
@@ -46,6 +53,12 @@ impl Found {
 pub(super) struct Adoptable {
     found: Found,
     slot: Option<Slot>,
+}
+
+impl Adoptable {
+    pub(super) fn is_of(&self, program: &OciProgram) -> bool {
+        self.found.started.runtime == program.kind()
+    }
 }
 
 /// Reads what is written down about containers. Blocks.
@@ -110,17 +123,20 @@ pub(super) fn take_over(found: BTreeMap<String, Found>, network: &Network) -> BT
     adoptable
 }
 
-pub(super) fn adopt(inner: &Arc<Inner>, name: &str) -> Option<RunningContainer> {
+pub(super) fn adopt(inner: &Arc<Inner>, program: &Arc<OciProgram>, name: &str) -> Option<RunningContainer> {
     let adoptable = {
         let mut live = inner.live();
         if live.shut_down {
+            return None;
+        }
+        if !live.adoptable.get(name)?.is_of(program) {
             return None;
         }
         let adoptable = live.adoptable.remove(name)?;
         live.names.insert(name.to_owned());
         adoptable
     };
-    match adopt_all_of(inner, name, adoptable) {
+    match adopt_all_of(inner, program, name, adoptable) {
         Ok(container) => Some(container),
         Err(error) => {
             tracing::error!(container = name, %error, "failed to adopt a container; it is killed");
@@ -130,17 +146,26 @@ pub(super) fn adopt(inner: &Arc<Inner>, name: &str) -> Option<RunningContainer> 
 }
 
 /// A failure drops the leftovers, which kills and removes.
-fn adopt_all_of(inner: &Arc<Inner>, name: &str, adoptable: Adoptable) -> io::Result<RunningContainer> {
+fn adopt_all_of(
+    inner: &Arc<Inner>,
+    program: &Arc<OciProgram>,
+    name: &str,
+    adoptable: Adoptable,
+) -> io::Result<RunningContainer> {
     let Adoptable { found, slot } = adoptable;
     let StartedRecord { first_process, .. } = found.started;
     let address = slot.as_ref().map(Slot::address);
-    let mut leftovers = Leftovers::taken_over(inner, name, slot);
+    let mut leftovers = Leftovers::taken_over(inner, program, name, slot);
     let directory = leftovers.paths.specification.clone();
     let keeper = Arc::new(Keeper::adopt(&found.record.keeper, &directory)?);
     leftovers.keeper = Some(Arc::clone(&keeper));
     let (stdout, stderr, readers) = Readers::open(&directory)?;
     let pid = first_process.pid;
     let handle = ContainerHandle::open(name, pid, || first_process.is_current())?;
+    if program.sandboxing.is_some() {
+        let relay = SignalRelay::new(&program.path, &inner.config.runc_root(), &inner.config.short_id(), name);
+        handle.relay_signals(relay);
+    }
     Ok(RunningContainer::new(Started {
         name: name.to_owned(),
         pid,
@@ -155,7 +180,7 @@ fn adopt_all_of(inner: &Arc<Inner>, name: &str, adoptable: Adoptable) -> io::Res
 }
 
 /// Kills and removes what nobody has asked for. Blocks. Goes on after a failure; returns the first.
-pub(super) fn discard(inner: &Arc<Inner>) -> Result<(), DisposeError> {
+pub(super) fn discard(inner: &Arc<Inner>, program: &Arc<OciProgram>) -> Result<(), DisposeError> {
     let adoptable = {
         let mut live = inner.live();
         let adoptable = std::mem::take(&mut live.adoptable);
@@ -164,7 +189,7 @@ pub(super) fn discard(inner: &Arc<Inner>) -> Result<(), DisposeError> {
     };
     let mut results = Vec::new();
     for (name, Adoptable { found, slot }) in adoptable {
-        let mut leftovers = Box::new(Leftovers::taken_over(inner, &name, slot));
+        let mut leftovers = Box::new(Leftovers::taken_over(inner, program, &name, slot));
         match Keeper::adopt(&found.record.keeper, &paths_of(&inner.config, &name).specification) {
             Ok(keeper) => leftovers.keeper = Some(Arc::new(keeper)),
             Err(error) => tracing::error!(container = name, %error, "failed to look for a container's keeper"),

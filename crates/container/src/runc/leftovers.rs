@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::ExitStatus;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use ionian_domain::container::ContainerExit;
 
@@ -19,21 +19,20 @@ use crate::keeper::record::Record;
 use crate::keeper::{self, Keeper};
 use crate::mounts;
 use crate::network::{self, Names, Slot};
+use crate::oci::OciProgram;
 use crate::overlay::{MountGuard, unmount_or_detach};
 use crate::running::{KILL_TIMEOUT, Remains};
 use crate::runtime::{DisposeError, ReapError, ReapReport, StartError};
-
-/// A shell's way, and runc's, of reporting a signal as an exit code.
-const SIGNAL_EXIT_BASE: i32 = 128;
-const MAX_SIGNAL: i32 = 64;
 
 /// Everything that a container has on the host, from the moment its name is taken. Dropped without
 /// [`Remains::remove`], it is removed by a thread in the background.
 pub(super) struct Leftovers {
     inner: Arc<Inner>,
+    pub(super) program: Arc<OciProgram>,
     pub(super) name: String,
     pub(super) paths: BundlePaths,
-    pub(super) mount: Option<MountGuard>,
+    /// The root. Its sender goes when nothing more is made for the container.
+    mount: Option<Receiver<MountGuard>>,
     pub(super) slot: Option<Slot>,
     pub(super) keeper: Option<Arc<Keeper>>,
     pub(super) may_be_adopted: bool,
@@ -41,7 +40,7 @@ pub(super) struct Leftovers {
 }
 
 impl Leftovers {
-    pub(super) fn claim(inner: &Arc<Inner>, name: &str) -> Result<Self, StartError> {
+    pub(super) fn claim(inner: &Arc<Inner>, program: &Arc<OciProgram>, name: &str) -> Result<Self, StartError> {
         {
             let mut live = inner.live();
             if live.shut_down {
@@ -54,6 +53,7 @@ impl Leftovers {
         let paths = paths_of(&inner.config, name);
         let leftovers = Self {
             inner: Arc::clone(inner),
+            program: Arc::clone(program),
             name: name.to_owned(),
             paths: paths.clone(),
             mount: None,
@@ -76,12 +76,16 @@ impl Leftovers {
     }
 
     /// Of a container of an earlier process, whose name has been moved to the live ones.
-    pub(super) fn taken_over(inner: &Arc<Inner>, name: &str, slot: Option<Slot>) -> Self {
+    pub(super) fn taken_over(inner: &Arc<Inner>, program: &Arc<OciProgram>, name: &str, slot: Option<Slot>) -> Self {
         let paths = paths_of(&inner.config, name);
+        let (sender, mount) = channel();
+        // The receiver is here; and the sender goes at the end of this.
+        let _ = sender.send(MountGuard::taken_over(paths.root()));
         Self {
             inner: Arc::clone(inner),
+            program: Arc::clone(program),
             name: name.to_owned(),
-            mount: Some(MountGuard::taken_over(paths.root())),
+            mount: Some(mount),
             paths,
             slot,
             keeper: None,
@@ -90,9 +94,19 @@ impl Leftovers {
         }
     }
 
+    /// Where the job that prepares the container puts its root. A start can be abandoned while that job runs, and
+    /// nothing is removed before it has ended.
+    pub(super) fn expect_mount(&mut self) -> Sender<MountGuard> {
+        let (sender, receiver) = channel();
+        self.mount = Some(receiver);
+        sender
+    }
+
     /// Goes on after a failure, so that one stuck part does not keep the others; returns the first.
     fn remove_everything(&mut self) -> Result<(), DisposeError> {
         self.removed = true;
+        // All that the job sent, once it has ended.
+        let mounts: Vec<_> = self.mount.take().into_iter().flatten().collect();
         let name = self.name.clone();
         let cgroup = self.inner.cgroup_of(&name);
         let failed = |error| cgroup_failure(&name, error);
@@ -110,7 +124,7 @@ impl Leftovers {
             self.inner.cgroups.kill_all(&cgroup).map(|_| ()).map_err(failed),
             self.inner.cgroups.remove(&cgroup).map(|_| ()).map_err(failed),
         ]);
-        if let Some(mount) = self.mount.take() {
+        for mount in mounts {
             let path = mount.path().to_owned();
             results.push(mount.unmount().map_err(|error| DisposeError::Unmount {
                 name: name.clone(),
@@ -148,21 +162,8 @@ impl Leftovers {
 
 impl Remains for Leftovers {
     fn exit_of(&self, status: ExitStatus) -> ContainerExit {
-        let code = match (status.code(), status.signal()) {
-            (Some(code), _) => code,
-            // runc itself was killed, from outside.
-            (None, Some(signal)) => return ContainerExit::Signaled { signal },
-            (None, None) => return ContainerExit::Lost,
-        };
-        let signal = code - SIGNAL_EXIT_BASE;
-        let killed = signal == nix::libc::SIGKILL;
-        if killed && self.inner.cgroups.oom_kills(&self.inner.cgroup_of(&self.name)) > 0 {
-            return ContainerExit::OutOfMemory;
-        }
-        if (1..=MAX_SIGNAL).contains(&signal) {
-            return ContainerExit::Signaled { signal };
-        }
-        ContainerExit::Exited { code }
+        let oom_kills = || self.inner.cgroups.oom_kills(&self.inner.cgroup_of(&self.name));
+        self.program.exit_of(status, oom_kills)
     }
 
     fn remove(mut self: Box<Self>) -> Result<(), DisposeError> {
@@ -175,7 +176,7 @@ impl Remains for Leftovers {
 
     fn leave(mut self: Box<Self>) {
         self.removed = true;
-        if let Some(mount) = self.mount.take() {
+        for mount in self.mount.take().into_iter().flatten() {
             mount.leave();
         }
         // The name and the address stay taken.
@@ -197,6 +198,7 @@ impl Drop for Leftovers {
         self.removed = true;
         let mut rest = Self {
             inner: Arc::clone(&self.inner),
+            program: Arc::clone(&self.program),
             name: self.name.clone(),
             paths: self.paths.clone(),
             mount: self.mount.take(),

@@ -6,7 +6,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,9 +18,11 @@ use super::leftovers::Leftovers;
 use super::{Inner, run_blocking};
 use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths};
 use crate::descriptor;
+use crate::gvisor::{SignalRelay, StateFile};
 use crate::keeper::record::{ProcessIdentity, Record, StartedRecord};
 use crate::keeper::{self, Keeper, Kept, Readers};
 use crate::network::Slot;
+use crate::oci::{OciProgram, RunPlan};
 use crate::overlay::{MountGuard, WritableLayer, mount_overlay};
 use crate::passwd::{self, Identity};
 use crate::running::{ContainerHandle, MainProcess, OutputStream, Remains, Started};
@@ -106,7 +108,13 @@ pub(super) async fn start(
                 name: name.clone(),
                 source,
             };
-            Some(inner.network.take_slot().await.map_err(failed)?)
+            let mut slot = inner.network.take_slot().await.map_err(failed)?;
+            inner
+                .network
+                .limit_egress(&mut slot, &launch.egress)
+                .await
+                .map_err(failed)?;
+            Some(slot)
         }
         NetworkMode::None | NetworkMode::Host => None,
     };
@@ -124,35 +132,58 @@ pub(super) async fn start(
 
     let cgroup = inner.cgroup_of(&name);
     let outlives_us = launch.outlives_us;
+    let network_mode = launch.network;
     let prepared = {
         let paths = paths.clone();
+        let (cgroups, program) = (inner.cgroups.clone(), Arc::clone(&leftovers.program));
+        let mount = leftovers.expect_mount();
         run_blocking(move || {
-            let mount = mount_root(&launch, &paths)?;
+            let mounted = mount_root(&launch, &paths)?;
+            // Not returned: whoever waits for the return may have stopped waiting.
+            let _ = mount.send(mounted);
             stopwatch.step("mount");
-            let result = write_bundle(&launch, &paths, &cgroup, network);
+            let result = write_bundle(&launch, &paths, &program, &cgroup, network).and_then(|()| {
+                program
+                    .create_cgroup(&cgroups, &cgroup, launch.limits)
+                    .map_err(|source| StartError::Prepare {
+                        name: launch.name.clone(),
+                        path: PathBuf::from(&cgroup),
+                        source,
+                    })
+            });
             stopwatch.step("bundle");
-            Ok((mount, result, stopwatch))
+            Ok((result, stopwatch))
         })
         .await
     };
-    let (mount, written, mut stopwatch) = prepared?;
-    leftovers.mount = Some(mount);
-    written?;
+    let (written, mut stopwatch) = prepared?;
+    let join = written?;
 
     let prepare = |source| StartError::Prepare {
         name: name.clone(),
         path: paths.directory.clone(),
         source,
     };
-    let pid_file = PidFile::watch(&paths).map_err(prepare)?;
+    let program = Arc::clone(&leftovers.program);
+    let state_root = inner.config.runc_root();
+    let instance = inner.config.short_id();
+    let start_file = StartFile::watch(&program, &state_root, &paths, &name).map_err(prepare)?;
     keeper::create_fifos(&paths.specification).map_err(prepare)?;
     // Open before the keeper looks for a reader, and for as long as the container is ours.
     let (stdout, stderr, readers) = Readers::open(&paths.specification).map_err(prepare)?;
-    let command = runc_command(inner, &paths, &name);
+    let (command, arguments) = program.run_command(&RunPlan {
+        state_root: &state_root,
+        paths: &paths,
+        name: &name,
+        instance: &instance,
+        network: network_mode,
+        join: &join,
+    });
+    let command: Vec<OsString> = std::iter::once(command.into()).chain(arguments).collect();
     let keeper =
         Keeper::spawn(&command, &paths.specification, &inner.inherited).map_err(|source| StartError::Spawn {
             name: name.clone(),
-            program: inner.runc.clone(),
+            program: program.path.clone(),
             source,
         })?;
     // From here on the leftovers kill it.
@@ -164,7 +195,7 @@ pub(super) async fn start(
     record.write(&paths.specification).map_err(prepare)?;
     let kept = Kept { keeper, readers };
 
-    let pid = match tokio::time::timeout(START_TIMEOUT, first_process(&kept.keeper, &pid_file, &paths)).await {
+    let pid = match tokio::time::timeout(START_TIMEOUT, first_process(&kept.keeper, &start_file, &paths)).await {
         Ok(Ok(Some(pid))) => pid,
         Ok(Ok(None)) => {
             return Err(StartError::Refused {
@@ -180,8 +211,8 @@ pub(super) async fn start(
             });
         }
     };
-    // The first process is runc's child until runc has seen its end, and then the number may be another's.
-    // runc is the keeper's, which is ours and not reaped yet.
+    // The first process, or the sandbox around it, is the program's child until that has seen its end, and then the
+    // number may be another's. The program is the keeper's child, which is ours and not reaped yet.
     let keeper_pid = kept.keeper.pid();
     let mut first_process = ProcessIdentity::ended(pid);
     let handle = ContainerHandle::open(&name, pid, || {
@@ -194,10 +225,14 @@ pub(super) async fn start(
         belongs
     })
     .map_err(prepare)?;
+    if program.sandboxing.is_some() {
+        handle.relay_signals(SignalRelay::new(&program.path, &state_root, &instance, &name));
+    }
     if outlives_us {
         leftovers.may_be_adopted = true;
         record.started = Some(StartedRecord {
             outlives_us,
+            runtime: program.kind(),
             first_process,
             network: network_record,
         });
@@ -214,26 +249,6 @@ pub(super) async fn start(
         handle,
         kept,
     })
-}
-
-fn runc_command(inner: &Inner, paths: &BundlePaths, name: &str) -> Vec<OsString> {
-    vec![
-        inner.runc.clone().into(),
-        "--root".into(),
-        inner.config.runc_root().into(),
-        "--log".into(),
-        paths.log().into(),
-        "--log-format".into(),
-        "json".into(),
-        "run".into(),
-        // What is known about the end (out of memory) is read before the control group goes.
-        "--keep".into(),
-        "--bundle".into(),
-        paths.specification.clone().into(),
-        "--pid-file".into(),
-        paths.pid_file().into(),
-        name.into(),
-    ]
 }
 
 fn mount_root(launch: &Launch, paths: &BundlePaths) -> Result<MountGuard, StartError> {
@@ -268,6 +283,7 @@ fn mount_root(launch: &Launch, paths: &BundlePaths) -> Result<MountGuard, StartE
 fn write_bundle(
     launch: &Launch,
     paths: &BundlePaths,
+    program: &OciProgram,
     cgroup: &str,
     network: Option<BundleNetwork>,
 ) -> Result<(), StartError> {
@@ -295,6 +311,7 @@ fn write_bundle(
             identity: &identity,
             cgroup,
             network,
+            program,
         },
     )
     .map_err(|source| StartError::Prepare {
@@ -304,8 +321,31 @@ fn write_bundle(
     })
 }
 
+/// Where the program says that the first process runs.
+enum StartFile {
+    Pid(PidFile),
+    State(StateFile),
+}
+
+impl StartFile {
+    fn watch(program: &OciProgram, state_root: &Path, paths: &BundlePaths, name: &str) -> io::Result<Self> {
+        match program.sandboxing {
+            Some(_) => StateFile::watch(state_root, name).map(Self::State),
+            None => PidFile::watch(paths).map(Self::Pid),
+        }
+    }
+
+    async fn number(&self) -> io::Result<i32> {
+        match self {
+            Self::Pid(file) => file.number().await,
+            Self::State(file) => file.running().await,
+        }
+    }
+}
+
 /// Tells when runc has put the number of the first process into its file, which it renames into place.
 struct PidFile {
+    path: PathBuf,
     events: AsyncFd<OwnedFd>,
 }
 
@@ -318,26 +358,39 @@ impl PidFile {
             inotify::WatchFlags::MOVED_TO | inotify::WatchFlags::ONLYDIR,
         )?;
         Ok(Self {
+            path: paths.pid_file(),
             events: descriptor::watch(events)?,
         })
     }
 
     /// Nothing else is renamed into the directory, so the event itself need not be looked at.
-    async fn written(&self) -> io::Result<()> {
-        self.events.readable().await.map(|_| ())
+    async fn number(&self) -> io::Result<i32> {
+        let _ = self.events.readable().await?;
+        self.read()?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))
+    }
+
+    fn read(&self) -> io::Result<Option<i32>> {
+        match fs::read_to_string(&self.path) {
+            Ok(text) => text.trim().parse().map(Some).map_err(io::Error::other),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 }
 
-/// The first process's number; `None` if runc ended without having started one.
-async fn first_process(keeper: &Keeper, pid_file: &PidFile, paths: &BundlePaths) -> io::Result<Option<i32>> {
+/// The first process's number; `None` if the program ended without having started one.
+async fn first_process(keeper: &Keeper, start_file: &StartFile, paths: &BundlePaths) -> io::Result<Option<i32>> {
     tokio::select! {
-        written = pid_file.written() => written?,
-        ended = keeper.ended() => ended?,
-    }
-    match fs::read_to_string(paths.pid_file()) {
-        Ok(text) => text.trim().parse().map(Some).map_err(io::Error::other),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
+        number = start_file.number() => number.map(Some),
+        ended = keeper.ended() => {
+            ended?;
+            match start_file {
+                StartFile::Pid(file) => file.read(),
+                // runsc takes its state with it. A container that has ended has no use for a number: the keeper's
+                // stands for it, and belongs to no container.
+                StartFile::State(_) => Ok(Some(keeper.pid()).filter(|_| last_error(paths).is_none())),
+            }
+        }
     }
 }
 
@@ -351,29 +404,27 @@ fn parent_of(pid: i32) -> Option<i32> {
         .ok()
 }
 
-/// The last error in runc's log.
 fn refusal(paths: &BundlePaths) -> String {
+    last_error(paths).unwrap_or_else(|| "runc failed without saying why".to_owned())
+}
+
+/// The last error in the program's log.
+fn last_error(paths: &BundlePaths) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Line {
         level: String,
         msg: String,
     }
-    let unknown = || "runc failed without saying why".to_owned();
-    let Ok(mut log) = fs::read_to_string(paths.log()) else {
-        return unknown();
-    };
+    let mut log = fs::read_to_string(paths.log()).ok()?;
     if log.len() > MAX_LOG_BYTES {
         let start = log.ceil_char_boundary(log.len() - MAX_LOG_BYTES);
         log.drain(..start);
     }
-    let last = log
-        .lines()
+    log.lines()
         .rev()
         .filter_map(|line| serde_json::from_str::<Line>(line).ok())
-        .find(|line| line.level == "error");
-    last.map_or_else(unknown, |line| {
-        line.msg.trim_start_matches("runc run failed: ").to_owned()
-    })
+        .find(|line| line.level == "error")
+        .map(|line| OciProgram::plain_refusal(&line.msg))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use ionian_container::{
     Bind, ContainerConfig, DisposeError, Feature, Launch, NetworkMode, OpenError, ProcessRuntime, Rootfs, RuncRuntime,
     RunningContainer, Runtime, Signal, StartError,
 };
-use ionian_domain::container::ContainerExit;
+use ionian_domain::container::{ContainerExit, RuntimeKind};
 use serde::{Deserialize, Serialize};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
@@ -142,7 +142,7 @@ impl Owner {
     /// The process that comes after it.
     async fn successor(&mut self) -> Platform {
         let directory = self.directory.take().unwrap();
-        Platform::open_on(config(directory.path()), directory).await
+        Platform::open_on(config(directory.path()), directory, RuntimeKind::Runc).await
     }
 }
 

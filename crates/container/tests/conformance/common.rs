@@ -3,7 +3,7 @@
 use ionian_container::{Bind, ContainerConfig, Feature, NetworkMode, OpenError, Signal, StartError};
 use ionian_domain::container::{ContainerExit, RuntimeKind};
 
-use crate::support::{Subject, eventually, finish, processes_with, read_until, run};
+use crate::support::{Subject, eventually, finish, processes_with, read_until, run, sandboxes_of};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn exit_codes_and_output_arrive() {
@@ -58,19 +58,21 @@ async fn an_interrupt_reaches_the_first_process_which_may_end_as_it_likes() {
 async fn a_kill_ends_every_process_and_waiting_again_gives_the_same() {
     for subject in Subject::all("kill").await {
         let duration = format!("98765.{}", std::process::id());
+        let name = format!("killed-{}", std::process::id());
         let script = format!("sleep {duration} & sleep {duration} & echo ready; wait");
         let mut container = subject
             .runtime()
-            .start(subject.launch("killed", &["sh", "-c", &script]))
+            .start(subject.launch(&name, &["sh", "-c", &script]))
             .await
             .unwrap();
         read_until(container.stdout.as_mut().unwrap(), "ready").await;
-        eventually("both children run", || processes_with(&duration) == 2).await;
+        eventually("both children run", || subject.has_processes(&name, &duration, 2)).await;
         let handle = container.handle();
         handle.kill();
         assert_eq!(container.wait().await, ContainerExit::Signaled { signal: 9 });
         assert_eq!(container.wait().await, ContainerExit::Signaled { signal: 9 });
         eventually("the children are gone", || processes_with(&duration) == 0).await;
+        eventually("so is a sandbox", || sandboxes_of(&name) == 0).await;
         // Too late, and no error.
         handle.signal(Signal::SIGTERM).unwrap();
         container.dispose().await.unwrap();
@@ -83,15 +85,17 @@ async fn a_kill_ends_every_process_and_waiting_again_gives_the_same() {
 async fn a_dropped_container_is_killed() {
     for subject in Subject::all("drop").await {
         let duration = format!("87654.{}", std::process::id());
+        let name = format!("dropped-{}", std::process::id());
         let container = subject
             .runtime()
-            .start(subject.launch("dropped", &["sleep", &duration]))
+            .start(subject.launch(&name, &["sleep", &duration]))
             .await
             .unwrap();
-        eventually("it runs", || processes_with(&duration) == 1).await;
+        eventually("it runs", || subject.has_processes(&name, &duration, 1)).await;
         drop(container);
         eventually("it is gone", || processes_with(&duration) == 0).await;
-        if let Subject::Runc(platform) = &subject {
+        eventually("so is a sandbox", || sandboxes_of(&name) == 0).await;
+        if let Subject::Isolated(platform) = &subject {
             eventually("its traces are gone", || platform.container_traces().is_empty()).await;
         }
         subject.close().await;
@@ -108,7 +112,7 @@ async fn a_missing_command_is_an_error_that_names_it() {
             StartError::Spawn { program, .. } => assert_eq!(program.to_str(), Some("no-such-program-here")),
             other => panic!("{other:?}"),
         }
-        if let Subject::Runc(platform) = &subject {
+        if let Subject::Isolated(platform) = &subject {
             assert_eq!(platform.container_traces(), Vec::<String>::new());
         }
         subject.close().await;
@@ -199,9 +203,13 @@ async fn what_a_runtime_cannot_do_it_refuses_by_name() {
 #[tokio::test]
 async fn a_runtime_that_is_not_there_is_never_replaced_by_another() {
     let directory = tempfile::tempdir().unwrap();
-    let config = ContainerConfig::new("gvisor", directory.path());
+    let mut config = ContainerConfig::new("gvisor", directory.path());
+    config.runsc_path = Some(directory.path().join("no-runsc"));
     let Err(error) = ionian_container::open(RuntimeKind::Gvisor, config).await else {
         panic!("something was opened")
     };
-    assert!(matches!(error, OpenError::NotAvailable(RuntimeKind::Gvisor)), "{error}");
+    assert!(
+        matches!(&error, OpenError::ProgramUnusable { program, .. } if program.ends_with("no-runsc")),
+        "{error}"
+    );
 }

@@ -1,6 +1,6 @@
 //! What a container of an isolated runtime may not do, and what it is limited to.
 
-use ionian_container::{Bind, Rootfs, Runtime, StartError, Upper};
+use ionian_container::{Bind, Rootfs, StartError, Upper};
 use ionian_domain::container::ContainerExit;
 
 use crate::support::{Platform, can_isolate, finish, rootfs};

@@ -10,5 +10,8 @@ mod common;
 mod isolated;
 mod leftovers;
 mod network;
+mod outside;
 mod packages;
+mod probe;
 mod support;
+mod table;

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use ionian_container::{Launch, NetworkMode, Runtime};
+use ionian_container::{Launch, NetworkMode};
 use ionian_domain::container::ContainerExit;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use ionian_container::{Bind, NetworkMode, Rootfs, Runtime};
+use ionian_container::{Bind, NetworkMode, Rootfs};
 use ionian_domain::container::ContainerExit;
 use tokio::io::AsyncReadExt;
 

@@ -2,15 +2,16 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ionian_container::{
-    ContainerConfig, Launch, NetworkMode, OutputStream, ProcessRuntime, Rootfs, RuncRuntime, RunningContainer, Runtime,
-    StartError,
+    ContainerConfig, GvisorRuntime, Launch, Network, NetworkMode, OutputStream, ProcessRuntime, Rootfs, RuncRuntime,
+    RunningContainer, Runtime, StartError,
 };
-use ionian_domain::container::ContainerExit;
+use ionian_domain::container::{ContainerExit, RuntimeKind};
 use tokio::io::AsyncReadExt;
 
 /// No single wait of a test is longer.
@@ -30,9 +31,21 @@ pub(crate) fn can_isolate() -> bool {
     is_root
 }
 
+/// Whether the runtime with a kernel of its own can be tested here.
+pub(crate) fn has_gvisor() -> bool {
+    let found = Command::new("runsc")
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success());
+    if !found {
+        println!("skipped for gvisor: this machine has no runsc");
+    }
+    found
+}
+
 /// A directory with [`PROGRAMS`], made once and kept among the build's files.
 pub(crate) fn rootfs() -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("container-rootfs-1");
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("container-rootfs-2");
     if target.exists() {
         return target;
     }
@@ -45,7 +58,7 @@ pub(crate) fn rootfs() -> PathBuf {
     for directory in ["bin", "etc", "tmp", "root", "proc", "sys", "dev"] {
         fs::create_dir_all(root.join(directory)).unwrap();
     }
-    let mut files = BTreeSet::new();
+    let mut files = libraries_of(&std::env::current_exe().unwrap());
     for program in PROGRAMS {
         let found = ["/usr/bin", "/bin", "/usr/sbin"].map(|directory| Path::new(directory).join(program));
         let source = found
@@ -53,13 +66,7 @@ pub(crate) fn rootfs() -> PathBuf {
             .find(|path| path.exists())
             .unwrap_or_else(|| panic!("this machine has no {program}"));
         fs::copy(source, root.join("bin").join(program)).unwrap();
-        let libraries = Command::new("ldd").arg(source).output().unwrap();
-        let text = String::from_utf8(libraries.stdout).unwrap();
-        files.extend(
-            text.split_whitespace()
-                .filter(|word| word.starts_with('/'))
-                .map(PathBuf::from),
-        );
+        files.extend(libraries_of(source));
     }
     for library in files {
         let copy = root.join(library.strip_prefix("/").unwrap());
@@ -78,6 +85,15 @@ pub(crate) fn rootfs() -> PathBuf {
     target
 }
 
+fn libraries_of(program: &Path) -> BTreeSet<PathBuf> {
+    let libraries = Command::new("ldd").arg(program).output().unwrap();
+    let text = String::from_utf8(libraries.stdout).unwrap();
+    text.split_whitespace()
+        .filter(|word| word.starts_with('/'))
+        .map(PathBuf::from)
+        .collect()
+}
+
 pub(crate) struct Finished {
     pub(crate) exit: ContainerExit,
     pub(crate) stdout: String,
@@ -86,7 +102,7 @@ pub(crate) struct Finished {
 
 /// A runtime under test, and how to ask it for a container that any of them can start.
 pub(crate) enum Subject {
-    Runc(Box<Platform>),
+    Isolated(Box<Platform>),
     Process(ProcessRuntime),
 }
 
@@ -95,21 +111,23 @@ impl Subject {
     pub(crate) async fn all(test: &str) -> Vec<Self> {
         let mut subjects = vec![Self::Process(ProcessRuntime::new())];
         if can_isolate() {
-            subjects.push(Self::Runc(Box::new(Platform::open(test).await)));
+            for platform in Platform::all(test).await {
+                subjects.push(Self::Isolated(Box::new(platform)));
+            }
         }
         subjects
     }
 
     pub(crate) fn runtime(&self) -> &dyn Runtime {
         match self {
-            Self::Runc(platform) => &platform.runtime,
+            Self::Isolated(platform) => &*platform.runtime,
             Self::Process(runtime) => runtime,
         }
     }
 
     pub(crate) fn launch(&self, name: &str, argv: &[&str]) -> Launch {
         match self {
-            Self::Runc(platform) => platform.launch(name, argv),
+            Self::Isolated(platform) => platform.launch(name, argv),
             Self::Process(_) => {
                 let mut launch = Launch::new(
                     name,
@@ -123,16 +141,43 @@ impl Subject {
         }
     }
 
+    /// Whether the container's processes, all of which have `word` in their command line, are on the host. A
+    /// sandbox's are not to be seen there; it is, by the container's name.
+    pub(crate) fn has_processes(&self, container: &str, word: &str, count: usize) -> bool {
+        let found = match self.runtime().kind() {
+            RuntimeKind::Gvisor => usize::from(sandboxes_of(container) > 0) * count,
+            RuntimeKind::Runc | RuntimeKind::Process => processes_with(word),
+        };
+        found == count
+    }
+
     pub(crate) async fn close(self) {
-        if let Self::Runc(platform) = self {
+        if let Self::Isolated(platform) = self {
             platform.close().await;
         }
     }
 }
 
+/// A runtime whose containers have a network.
+pub(crate) struct Isolated(Box<dyn Runtime>);
+
+impl Isolated {
+    pub(crate) fn bridge_network(&self) -> &Network {
+        self.0.network().unwrap()
+    }
+}
+
+impl Deref for Isolated {
+    type Target = dyn Runtime;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
 /// One instance of the platform with its own directory.
 pub(crate) struct Platform {
-    pub(crate) runtime: RuncRuntime,
+    pub(crate) runtime: Isolated,
     pub(crate) config: ContainerConfig,
     closed: bool,
     _directory: tempfile::TempDir,
@@ -140,17 +185,34 @@ pub(crate) struct Platform {
 
 impl Platform {
     pub(crate) async fn open(test: &str) -> Self {
+        Self::open_kind(test, RuntimeKind::Runc).await
+    }
+
+    /// One for every isolated runtime that can run here.
+    pub(crate) async fn all(test: &str) -> Vec<Self> {
+        let mut platforms = vec![Self::open(test).await];
+        if has_gvisor() {
+            platforms.push(Self::open_kind(&format!("{test}-gvisor"), RuntimeKind::Gvisor).await);
+        }
+        platforms
+    }
+
+    pub(crate) async fn open_kind(test: &str, kind: RuntimeKind) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let mut config = ContainerConfig::new(format!("{test}-{}", std::process::id()), directory.path().join("state"));
         config.warm_network_slots = 2;
-        Self::open_on(config, directory).await
+        Self::open_on(config, directory, kind).await
     }
 
     /// On what another process may have left.
-    pub(crate) async fn open_on(config: ContainerConfig, directory: tempfile::TempDir) -> Self {
-        let runtime = RuncRuntime::open(config.clone()).await.unwrap();
+    pub(crate) async fn open_on(config: ContainerConfig, directory: tempfile::TempDir, kind: RuntimeKind) -> Self {
+        let runtime: Box<dyn Runtime> = match kind {
+            RuntimeKind::Runc => Box::new(RuncRuntime::open(config.clone()).await.unwrap()),
+            RuntimeKind::Gvisor => Box::new(GvisorRuntime::open(config.clone()).await.unwrap()),
+            RuntimeKind::Process => panic!("it is not isolated"),
+        };
         Self {
-            runtime,
+            runtime: Isolated(runtime),
             config,
             closed: false,
             _directory: directory,
@@ -175,7 +237,7 @@ impl Platform {
     }
 
     pub(crate) async fn run(&self, launch: Launch) -> Finished {
-        run(&self.runtime, launch).await
+        run(&*self.runtime, launch).await
     }
 
     /// Shuts down and looks for what should be gone.
@@ -315,15 +377,22 @@ pub(crate) async fn read_until(stream: &mut OutputStream, word: &str) -> String 
 
 /// How many processes of the host have this word in their command line.
 pub(crate) fn processes_with(word: &str) -> usize {
+    processes(|argument| argument == word.as_bytes())
+}
+
+/// How many of the host's processes are of this container's sandbox.
+pub(crate) fn sandboxes_of(container: &str) -> usize {
+    let ending = format!("-{container}");
+    processes(|argument| argument.ends_with(ending.as_bytes()))
+}
+
+fn processes(has: impl Fn(&[u8]) -> bool) -> usize {
     fs::read_dir("/proc")
         .unwrap()
         .flatten()
         .filter(|entry| entry.file_name().to_string_lossy().parse::<u32>().is_ok())
         .filter_map(|entry| fs::read(entry.path().join("cmdline")).ok())
-        .filter(|line| {
-            line.split(|byte| *byte == 0)
-                .any(|argument| argument == word.as_bytes())
-        })
+        .filter(|line| line.split(|byte| *byte == 0).any(&has))
         .count()
 }
 
