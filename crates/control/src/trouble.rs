@@ -40,14 +40,10 @@ impl Trouble {
         }
     }
 
-    /// A commit failed. Tells whether it is the first one.
+    /// A commit failed. Tells whether it is the first one, or fails for another reason than the one before.
     pub(crate) fn begin(&self, is_full: bool) -> bool {
         self.since.send_if_modified(|since| match since {
-            // What began as another failure may turn out to be a full disk.
-            Some(known) => {
-                known.is_full = is_full;
-                false
-            }
+            Some(known) => std::mem::replace(&mut known.is_full, is_full) != is_full,
             None => {
                 *since = Some(Since {
                     at: Instant::now(),
@@ -115,6 +111,8 @@ mod tests {
     async fn callers_are_told_of_lasting_trouble_only() {
         let trouble = Trouble::new(Path::new("/data"));
         assert!(trouble.begin(false));
+        assert!(!trouble.begin(false));
+        assert!(trouble.begin(true));
         assert!(!trouble.begin(true));
         trouble.check().unwrap();
         let told = tokio::spawn({

@@ -174,6 +174,7 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         data_dir: config.data_dir.clone(),
         default_scaledown_window: config.scaledown_window,
         client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
+        journal: config.journal.clone(),
         capacity: WorkerCapacity {
             cpu_millis: or(config.cpu_millis, cores * 1_000),
             memory_mib: or(config.memory_mib, three_quarters),
