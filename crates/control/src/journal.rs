@@ -116,7 +116,9 @@ fn write(file: File, mut length: u64, lines: &Receiver<Vec<u8>>) -> io::Result<(
         };
         length += line.len() as u64;
         if length > MAX_BYTES {
-            return Err(io::Error::other(format!("it has reached its limit of {MAX_BYTES} bytes")));
+            return Err(io::Error::other(format!(
+                "it has reached its limit of {MAX_BYTES} bytes"
+            )));
         }
         file.write_all(&line)?;
     }

@@ -69,7 +69,7 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         }
         RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
     };
-    let gateway = runtime.network().map(|network| network.gateway());
+    let gateway = runtime.network().map(ionian_container::Network::gateway);
     let container_listener = listeners::for_containers(&store, gateway).await?;
     if let Some(network) = runtime.network() {
         network.allow_host_port(container_listener.local_addr()?.port()).await?;

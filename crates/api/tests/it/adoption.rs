@@ -20,7 +20,11 @@ async fn running(platform: &Platform) -> (FunctionId, Container, pb::FunctionGet
         .publish()
         .await;
     let function_id = app.function("f");
-    platform.client().function_map(spawn(function_id, b"args")).await.unwrap();
+    platform
+        .client()
+        .function_map(spawn(function_id, b"args"))
+        .await
+        .unwrap();
     let container = platform.container(function_id).await;
     let input = container.next().await;
     (function_id, container, input)
@@ -55,16 +59,25 @@ async fn a_container_goes_on_with_its_input_and_its_credential() {
     adopted(&platform, container.id).await;
     let container = platform.survivor(container.id);
     // It may still speak for the call that it runs.
-    within(container.client.clone().function_call_put_data_out(yields(&input.function_call_id)))
-        .await
-        .unwrap();
+    within(
+        container
+            .client
+            .clone()
+            .function_call_put_data_out(yields(&input.function_call_id)),
+    )
+    .await
+    .unwrap();
     container.succeed(&input, b"after").await;
     assert_eq!(
         result(&platform, &input.function_call_id).await.status(),
         GenericStatus::Success
     );
     // And it takes the next one.
-    platform.client().function_map(spawn(function_id, b"next")).await.unwrap();
+    platform
+        .client()
+        .function_map(spawn(function_id, b"next"))
+        .await
+        .unwrap();
     assert_eq!(container.next().await.retry_count, 0);
 }
 
@@ -91,7 +104,10 @@ async fn a_container_that_is_gone_is_fenced_and_its_input_runs_again() {
     let platform = platform.restart_with(Survivors::Gone, |_| ()).await;
     let new = platform.container_but(function_id, &[old.id]).await;
     let again = new.next().await;
-    assert_eq!((again.input_id.as_str(), again.retry_count), (input.input_id.as_str(), 1));
+    assert_eq!(
+        (again.input_id.as_str(), again.retry_count),
+        (input.input_id.as_str(), 1)
+    );
     // It was cut off and not gone: nothing that it says is heard.
     let late = platform.survivor(old.id).poll().await;
     assert_refused(late, Code::Unauthenticated, "the container has ended");
@@ -132,12 +148,21 @@ async fn a_generator_begins_anew() {
         .await
         .publish()
         .await;
-    platform.client().function_map(spawn(app.function("gen"), b"")).await.unwrap();
-    let container = platform.container(app.function("gen")).await;
-    let input = container.next().await;
-    within(container.client.clone().function_call_put_data_out(yields(&input.function_call_id)))
+    platform
+        .client()
+        .function_map(spawn(app.function("gen"), b""))
         .await
         .unwrap();
+    let container = platform.container(app.function("gen")).await;
+    let input = container.next().await;
+    within(
+        container
+            .client
+            .clone()
+            .function_call_put_data_out(yields(&input.function_call_id)),
+    )
+    .await
+    .unwrap();
     let platform = platform.restart().await;
     adopted(&platform, container.id).await;
     let container = platform.survivor(container.id);

@@ -370,7 +370,11 @@ async fn web_endpoints_of_live_containers() {
     ];
     assert!(test.store.containers().live_web_endpoints().await.unwrap().is_empty());
     for id in [live, ended, ContainerId::generate()] {
-        test.store.containers().note_web_endpoints(id, &endpoints, at(3)).await.unwrap();
+        test.store
+            .containers()
+            .note_web_endpoints(id, &endpoints, at(3))
+            .await
+            .unwrap();
     }
     test.reopen().await;
     let noted = test.store.containers().live_web_endpoints().await.unwrap();

@@ -117,11 +117,7 @@ impl Platform {
         self.restart_with(Survivors::Live, |_| ()).await
     }
 
-    pub(crate) async fn restart_with(
-        self,
-        survivors: Survivors,
-        configure: impl FnOnce(&mut ControlConfig),
-    ) -> Self {
+    pub(crate) async fn restart_with(self, survivors: Survivors, configure: impl FnOnce(&mut ControlConfig)) -> Self {
         let Self {
             cancel,
             mut essential,

@@ -74,7 +74,10 @@ async fn run(
     let mut ended: HashSet<ContainerId> = HashSet::new();
     loop {
         let set = desired.borrow_and_update().clone();
-        assert!(set.generation.0 > 0 || set.containers.is_empty(), "generation 0 says nothing");
+        assert!(
+            set.generation.0 > 0 || set.containers.is_empty(),
+            "generation 0 says nothing"
+        );
         started.retain(|id| set.containers.iter().any(|container| container.id == *id));
         for container in set.containers {
             let is_survivor = container.must_exist && !started.contains(&container.id);
