@@ -19,6 +19,7 @@ use crate::client::{apps, blobs, calls, environments, functions, images, logs, m
 use crate::container::{data, inputs, lifecycle};
 use crate::context::{self, Context};
 use crate::coverage::Coverage;
+use crate::worker::{self, WorkerGateway};
 
 /// Context files, serialized closures and pages of results are this large at most.
 pub const MAX_MESSAGE_BYTES: usize = 128 * 1024 * 1024;
@@ -32,6 +33,8 @@ pub struct Api {
     pub(crate) signer: UrlSigner,
     coverage: Arc<Coverage>,
     scheme: &'static str,
+    /// Where workers may connect, too.
+    workers: Option<WorkerGateway>,
 }
 
 impl std::fmt::Debug for Api {
@@ -48,7 +51,15 @@ impl Api {
             signer,
             coverage: Arc::new(Coverage::load()),
             scheme,
+            workers: None,
         }
+    }
+
+    /// Takes workers in as well. For listeners that containers do not reach.
+    #[must_use]
+    pub fn with_workers(mut self, workers: WorkerGateway) -> Self {
+        self.workers = Some(workers);
+        self
     }
 
     /// Answers one gRPC request.
@@ -57,6 +68,11 @@ impl Api {
         B: http_body::Body<Data = bytes::Bytes> + Send + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
     {
+        if let Some(workers) = &self.workers
+            && request.uri().path().starts_with(worker::SERVICE_PREFIX)
+        {
+            return workers.call(request).await;
+        }
         let Some(rpc) = request.uri().path().strip_prefix(SERVICE_PREFIX).map(str::to_owned) else {
             let path: String = request.uri().path().chars().take(120).collect();
             return Status::unimplemented(format!("{path} is not a service of this server")).into_http();

@@ -17,9 +17,7 @@ use ionian_domain::log::{LogEntry, LogStream};
 use ionian_domain::mount::MountFile;
 use ionian_domain::web::WebKind;
 use ionian_domain::worker::{DesiredContainer, DesiredSet, DesiredState, Generation, WorkerReport};
-use ionian_domain::{
-    ContainerId, DefinitionId, ErrorKind, FunctionId, ImageId, SecretId, Timestamp, WorkerId,
-};
+use ionian_domain::{ContainerId, DefinitionId, ErrorKind, FunctionId, ImageId, SecretId, Timestamp, WorkerId};
 use ionian_scheduler::{DesiredEntry, Event};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;

@@ -256,7 +256,7 @@ pub(crate) struct TurnLoop {
     pub store: Store,
     pub effects: Effects,
     pub trouble: Trouble,
-    pub embedded_worker: WorkerId,
+    pub embedded_worker: Option<WorkerId>,
 }
 
 /// Runs turns until cancelled and drained.
@@ -296,11 +296,11 @@ pub(crate) async fn run(
             return;
         }
         let mut events = std::mem::take(&mut undelivered);
-        if worker_heard.elapsed() >= WORKER_HEARD_PERIOD {
+        if let Some(worker_id) = embedded_worker
+            && worker_heard.elapsed() >= WORKER_HEARD_PERIOD
+        {
             worker_heard = Instant::now();
-            events.push(Event::WorkerHeard {
-                worker_id: embedded_worker,
-            });
+            events.push(Event::WorkerHeard { worker_id });
         }
         let mut inspections = Vec::new();
         for message in batch.drain(..) {

@@ -119,6 +119,7 @@ pub(crate) fn isolated(id: ContainerId, spec: &ContainerSpec, prepared: Prepared
     }));
 
     let mut launch = Launch::new(id.to_string(), Rootfs::scratch(prepared.lower_dirs), argv);
+    launch.outlives_us = true;
     launch.env = env.0;
     launch.workdir = config
         .workdir

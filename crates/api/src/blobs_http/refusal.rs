@@ -5,8 +5,8 @@ use std::error::Error;
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_RANGE, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderName, StatusCode};
-use ionian_control::DISK_FULL;
 use ionian_blobs::{BodyError, InvalidUrl, ReadError, StorageError, UploadError};
+use ionian_control::DISK_FULL;
 
 /// The Python client looks for this sentence of S3's, and then tells its user that a file probably
 /// changed while it was uploaded.
@@ -120,7 +120,10 @@ impl Refusal {
     fn storage(error: StorageError) -> Self {
         if error.is_out_of_space() {
             // Its operator is told by the message, which names the file.
-            tracing::warn!(error = &error as &dyn Error, "a blob could not be stored: the disk is full");
+            tracing::warn!(
+                error = &error as &dyn Error,
+                "a blob could not be stored: the disk is full"
+            );
             return Self::new(StatusCode::INSUFFICIENT_STORAGE, DISK_FULL);
         }
         Self::internal(error)

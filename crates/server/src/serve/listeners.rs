@@ -80,7 +80,9 @@ pub(super) async fn for_containers(store: &Store, gateway: Option<IpAddr>) -> an
     {
         return Ok(listener);
     }
-    let listener = TcpListener::bind((ip, 0)).await.context("cannot listen for containers")?;
+    let listener = TcpListener::bind((ip, 0))
+        .await
+        .context("cannot listen for containers")?;
     let port = listener.local_addr()?.port();
     store.meta().set(CONTAINERS_PORT, port.to_string().as_bytes()).await?;
     Ok(listener)
