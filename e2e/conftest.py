@@ -84,8 +84,9 @@ def start_platform(request: pytest.FixtureRequest) -> Iterator[Callable[..., Pla
     """For tests that start the server themselves, with settings or with none yet."""
     platforms: list[Platform] = []
 
-    def start(settings: dict[str, str] | None = None) -> Platform:
+    def start(settings: dict[str, str] | None = None, data_dir: Path | None = None) -> Platform:
         platform = Platform(_new_state(request.node.name), settings)
+        platform.data_dir = data_dir or platform.data_dir
         platforms.append(platform)
         return platform.start()
 

@@ -131,8 +131,15 @@ class Client:
 
     def start(self, *arguments: str | Path) -> "Running":
         """A command that goes on while the test does something else."""
+        return self._start(self.command_line(*arguments))
+
+    def start_python(self, script: Path) -> "Running":
+        """A script of the user that goes on while the test does something else."""
+        return self._start([str(paths.client_python(self.version)), str(script)])
+
+    def _start(self, command: Sequence[str]) -> "Running":
         process = subprocess.Popen(
-            self.command_line(*arguments),
+            command,
             cwd=self.work,
             env=self.environment(),
             stdin=subprocess.DEVNULL,

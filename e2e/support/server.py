@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 from support import paths
@@ -34,6 +35,10 @@ class Platform:
         self.settings = settings or {}
         self.url = ""
         self.port = 0
+        # Where it listens, if not on a socket of its own: as systemd passes one.
+        self.socket: socket.socket | None = None
+        # From the start of the process to its ready line, the last time.
+        self.start_seconds = 0.0
         self._stdout_file = state / "server.stdout"
         self._process: subprocess.Popen[bytes] | None = None
         self._expected_errors: list[re.Pattern[str]] = []
@@ -45,11 +50,19 @@ class Platform:
         """Also starts it again, on the same data and the same port."""
         assert self._process is None, "the server runs already"
         command = [paths.server_binary(), "serve", "--data-dir", self.data_dir, "--listen", f"127.0.0.1:{self.port}"]
+        passed: tuple[int, ...] = ()
+        if self.socket is not None:
+            passed = (self.socket.fileno(),)
+            # The variable names the process that the socket is meant for, which the shell becomes.
+            script = f'export LISTEN_FDS=1 LISTEN_PID=$$; exec "$@" 3<&{passed[0]}'
+            command = ["bash", "-c", script, "bash", *command]
+        started = time.monotonic()
         with self._stdout_file.open("wb") as stdout, self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
-                command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=stdout, stderr=log
+                command, env=self._environment(), stdin=subprocess.DEVNULL, stdout=stdout, stderr=log, pass_fds=passed
             )
         ready = wait_until(self._ready, "the server's ready line", START_SECONDS)
+        self.start_seconds = time.monotonic() - started
         self.url, self.port = ready.group(1), int(ready.group(2))
         return self
 

@@ -132,7 +132,8 @@ impl Drop for Slot {
 
 impl Network {
     /// The bridge's and the firewall table's names are made from the instance's id, so what is left of an
-    /// earlier run is found and replaced, or taken over if its containers still use it.
+    /// earlier run is found and replaced, or taken over if its containers still use it. The pool is empty until
+    /// [`Self::fill_pool`], so that such containers get their addresses first.
     pub(crate) async fn open(config: &ContainerConfig, survivor: Option<Survivor>) -> Result<Self, NetworkError> {
         let names = Names::of(config);
         let resolver = resolver::resolv_conf(&config.nameservers);
@@ -215,6 +216,11 @@ impl Network {
             Some(slot) => Ok(slot),
             None => create_slot(&self.shared).await,
         }
+    }
+
+    /// Begins to keep namespaces ready.
+    pub(crate) fn fill_pool(&self) {
+        self.shared.wanted.notify_one();
     }
 
     /// The network of a container of an earlier process, over whose network this one was opened. `None` if it
@@ -388,6 +394,7 @@ impl Addresses {
 
 async fn keep_filled(shared: Arc<Shared>) {
     loop {
+        shared.wanted.notified().await;
         while lock(&shared.pool).slots.len() < shared.warm_slots {
             match create_slot(&shared).await {
                 Ok(slot) => {
@@ -403,7 +410,6 @@ async fn keep_filled(shared: Arc<Shared>) {
                 }
             }
         }
-        shared.wanted.notified().await;
     }
 }
 

@@ -115,6 +115,7 @@ impl RuncRuntime {
         }
         let network = Network::open(&config, survivor).await.map_err(OpenError::Network)?;
         let adoptable = adoption::take_over(found, &network);
+        network.fill_pool();
         tracing::info!(runc = %runc.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), "the runc runtime is ready");
         let live = Mutex::new(Live {
             adoptable,

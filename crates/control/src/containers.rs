@@ -13,15 +13,11 @@ use ionian_domain::web::{AnnouncedEndpoint, WebKind, WebTarget};
 use ionian_domain::{AppId, CallId, ContainerId, FunctionId, InputId, Timestamp};
 use parking_lot::{Mutex, RwLock};
 use sha2::Sha256;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 
 /// Cancellations kept for a container whose heartbeat does not fetch them. A container runs at most
 /// some hundreds of inputs, so this is more than can be meaningful.
 const MAX_PENDING_CANCELS: usize = 10_000;
-
-/// How long the poll of a web container waits for its address: a worker on this host knows it in
-/// milliseconds, one elsewhere after it has connected again.
-const LOCATION_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A container that was ordered and has not ended.
 #[derive(Debug)]
@@ -33,7 +29,7 @@ pub struct ContainerEntry {
     pub function_id: FunctionId,
     pub function: Arc<Function>,
     pub created_at: Timestamp,
-    address: watch::Sender<Option<IpAddr>>,
+    address: Mutex<Option<IpAddr>>,
     announced: Mutex<Vec<AnnouncedEndpoint>>,
     cancels: Mutex<Vec<InputId>>,
     cancelled: Notify,
@@ -57,7 +53,7 @@ impl ContainerEntry {
             function_id: function.id,
             function,
             created_at,
-            address: watch::Sender::new(None),
+            address: Mutex::new(None),
             announced: Mutex::new(Vec::new()),
             cancels: Mutex::new(Vec::new()),
             cancelled: Notify::new(),
@@ -76,14 +72,6 @@ impl ContainerEntry {
     /// Whether an input of this call runs here, so that the container may speak for the call.
     pub fn runs(&self, call_id: CallId) -> bool {
         self.held.lock().values().any(|held| *held == call_id)
-    }
-
-    /// Waits until its worker has said where it is. A container that outlived the server asks for work before
-    /// its worker has found it; being ready without an address, it would be reached by its data channel for ever.
-    pub(crate) async fn located(&self) {
-        let mut address = self.address.subscribe();
-        // The sender is ours. A worker that finds nothing reports the container as lost, which ends its polls.
-        let _late = tokio::time::timeout(LOCATION_PATIENCE, address.wait_for(Option::is_some)).await;
     }
 
     /// Holds a heartbeat until there are inputs to cancel, or for `hold`.
@@ -151,7 +139,7 @@ impl Containers {
 
     pub(crate) fn started(&self, id: ContainerId, address: IpAddr) {
         if let Some(entry) = self.find(id) {
-            entry.address.send_replace(Some(address));
+            *entry.address.lock() = Some(address);
         }
     }
 
@@ -166,7 +154,7 @@ impl Containers {
         };
         let spec = &entry.function.spec;
         let slots = spec.concurrency.max_inputs.max(1);
-        let address = *entry.address.borrow();
+        let address = *entry.address.lock();
         let announced = entry.announced.lock();
         let target = |method: &Option<String>, kind: WebKind, port: Option<u16>| {
             let direct = match kind {

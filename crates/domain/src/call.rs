@@ -50,9 +50,9 @@ impl AttemptNumber {
 }
 
 /// Bytes of an argument or a result: inline, or in a blob that the client uploaded before.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Payload {
-    Inline(bytes::Bytes),
+    Inline(#[serde(with = "crate::hex_bytes")] bytes::Bytes),
     Blob(String),
 }
 
@@ -69,7 +69,7 @@ impl Payload {
 }
 
 /// What a call hands to a function: opaque to the platform.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InputPayload {
     pub payload: Payload,
     /// The wire's `DataFormat` number.

@@ -9,6 +9,7 @@ pub mod container;
 pub mod environment;
 pub mod error;
 pub mod function;
+mod hex_bytes;
 pub mod ids;
 pub mod image;
 pub mod log;

@@ -46,7 +46,7 @@ impl OutcomeStatus {
 }
 
 /// The result of one attempt.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
     pub status: OutcomeStatus,
     /// The value, or the pickled exception.
@@ -57,7 +57,9 @@ pub struct Outcome {
     pub exception: String,
     pub traceback: String,
     /// The client's own serialized traceback and its source lines, opaque.
+    #[serde(with = "crate::hex_bytes")]
     pub serialized_traceback: bytes::Bytes,
+    #[serde(with = "crate::hex_bytes")]
     pub traceback_line_cache: bytes::Bytes,
     pub exit_code: i32,
 }

@@ -3,6 +3,8 @@
 //! The scheduler decides; `store` commits these in one transaction; only then do replies and orders
 //! leave the process. Recovery folds what was recorded into the same state.
 
+use serde::{Deserialize, Serialize};
+
 use crate::call::{AttemptNumber, Call, InputPayload};
 use crate::container::ContainerExit;
 use crate::ids::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, WorkerId};
@@ -10,7 +12,7 @@ use crate::outcome::Outcome;
 use crate::time::Timestamp;
 
 /// An input as it is first recorded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NewInput {
     pub id: InputId,
     /// Position in the call, counted by the client.
@@ -19,7 +21,7 @@ pub struct NewInput {
 }
 
 /// One change, in the order in which it was decided.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Write {
     CallCreated {
         call: Call,
@@ -95,7 +97,7 @@ pub struct OutputRecord {
 }
 
 /// An unfinished input, without its payload.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingInput {
     pub id: InputId,
     pub call_id: CallId,
@@ -110,7 +112,7 @@ pub struct PendingInput {
 }
 
 /// A call with unfinished inputs, or one whose inputs are still being put.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingCall {
     pub call: Call,
     pub input_count: u32,
@@ -120,7 +122,7 @@ pub struct PendingCall {
 }
 
 /// A container that had not ended when the process stopped.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PendingContainer {
     pub id: ContainerId,
     /// Where and from what it was started; `None` for one that was recorded before these were.
@@ -134,7 +136,7 @@ pub struct PendingContainer {
 }
 
 /// Everything the scheduler needs to go on where it stopped.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Recovered {
     pub calls: Vec<PendingCall>,
     pub inputs: Vec<PendingInput>,

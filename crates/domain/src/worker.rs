@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use crate::container::{ContainerExit, ContainerSpec, ContainerStarted, StopReason};
 use crate::ids::ContainerId;
 
@@ -29,7 +31,7 @@ pub struct DesiredContainer {
 }
 
 /// What a worker offers to containers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerCapacity {
     /// CPU that containers may ask for in total, in thousandths of a core.
     pub cpu_millis: u32,

@@ -18,6 +18,9 @@ use crate::event::{AttemptReport, PoolSettings};
 use crate::state::{Adopted, Container, InputState, Phase, Pool, RunningInput, State};
 use crate::turn::{Command, Turn};
 
+/// A container goes on trying to report for about this long while the server is away.
+const LATE_REPORT: Duration = Duration::from_mins(1);
+
 impl PoolSettings {
     /// Stands for a function that is gone, while its last containers end. How much they hold is not known,
     /// so nothing starts beside them.
@@ -121,7 +124,7 @@ impl State {
             .get_mut(&container_id)
             .expect("only an input of an adopted container is adopted");
         // What ran out of time while nobody listened may have ended in time, and be about to say so.
-        let deadline = (started_at + settings.timeout).max(now + self.config.worker_silence);
+        let deadline = (started_at + settings.timeout).max(now + LATE_REPORT);
         let running = RunningInput {
             attempt: input.attempt,
             deadline,

@@ -232,6 +232,8 @@ impl State {
 
     pub(crate) fn shut_down(&mut self, now: Timestamp, turn: &mut Turn) {
         self.shutting_down = true;
+        // Those that wait for room do not get what becomes free now.
+        self.dirty.extend(self.pools.keys());
         let all: Vec<ContainerId> = self.containers.keys().copied().collect();
         for container_id in all {
             self.stop_with(

@@ -8,17 +8,18 @@ use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::record::{NewInput, Recovered};
 use ionian_domain::worker::WorkerCapacity;
 use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp, WorkerId};
+use serde::{Deserialize, Serialize};
 
 /// Names the caller that waits for an answer. Drawn by `control`, opaque here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ReplyId(pub u64);
 
 /// Names one outstanding poll of a container for inputs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct PollId(pub u64);
 
 /// What the scheduler needs to know about a function.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PoolSettings {
     pub app_id: AppId,
     pub definition_id: DefinitionId,
@@ -39,7 +40,7 @@ pub struct PoolSettings {
 }
 
 /// One attempt's result, as its container reports it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AttemptReport {
     pub input_id: InputId,
     pub attempt: AttemptNumber,
@@ -48,7 +49,7 @@ pub struct AttemptReport {
 }
 
 /// How much a web container is used, as the ingress reports it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WebUse {
     pub container_id: ContainerId,
     pub in_flight: u32,
@@ -56,7 +57,7 @@ pub struct WebUse {
 }
 
 /// Why a request to the scheduler was refused.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Refusal {
     UnknownFunction,
     UnknownCall,
@@ -65,7 +66,7 @@ pub enum Refusal {
     UnknownContainer,
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Event {
     /// Sent once, after the functions that may run were activated: what was recorded before a restart. Until
     /// then nothing starts, ends or expires, and whoever asks for something waits.

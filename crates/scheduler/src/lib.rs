@@ -49,6 +49,7 @@ mod deadlines;
 mod delivery;
 mod event;
 mod exits;
+pub mod journal;
 mod placement;
 mod pools;
 mod recovery;
@@ -68,11 +69,12 @@ pub use views::{ContainerView, PoolStats};
 use std::time::Duration;
 
 use ionian_domain::{ContainerId, Timestamp};
+use serde::{Deserialize, Serialize};
 
 use state::State;
 
 /// Limits of the platform. Those of a machine come with its worker.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Config {
     /// Inputs that may wait for one function. Beyond it callers are told to slow down.
     pub max_queued_inputs: usize,

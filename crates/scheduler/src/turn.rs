@@ -4,11 +4,12 @@ use ionian_domain::call::{AttemptNumber, Invocation};
 use ionian_domain::record::Write;
 use ionian_domain::worker::DesiredState;
 use ionian_domain::{CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp, WorkerId};
+use serde::{Deserialize, Serialize};
 
 use crate::event::{PollId, Refusal, ReplyId};
 
 /// An input handed to a container.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Delivery {
     pub input_id: InputId,
     pub call_id: CallId,
@@ -18,7 +19,7 @@ pub struct Delivery {
 }
 
 /// Released after the commit.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Reply {
     Accepted(ReplyId),
     Refused {
@@ -41,7 +42,7 @@ pub enum Reply {
 }
 
 /// Released after the commit, in order.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Command {
     /// Outputs of this call can be read, up to this sequence number.
     OutputsReady { call_id: CallId, last_sequence: u64 },

@@ -21,8 +21,8 @@ use ionian_domain::container::RuntimeKind;
 use ionian_domain::worker::WorkerCapacity;
 use ionian_image::{HostTrust, LayerStore};
 use ionian_ingress::{Ingress, IngressConfig, Services, platform_service};
-use ionian_worker::Worker;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
@@ -119,7 +119,6 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         WorkerTimes::default(),
     );
     let embedded = embedded.map(|parts| parts.embedded(&control)).transpose()?;
-    let leave = embedded.as_ref().map(Worker::leave_token);
     let mut worker = {
         let cancel = cancel.clone();
         tokio::spawn(async move {
@@ -158,30 +157,15 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     };
 
     announce(&config, public_port)?;
-    let crashed = tokio::select! {
-        () = interrupted()? => false,
-        Some(ended) = essential.join_next() => {
-            if let Err(error) = ended {
-                tracing::error!(%error, "an essential task crashed");
-            }
-            true
-        }
-        ended = &mut worker => {
-            return Err(ended.err().map_or_else(
-                || anyhow::anyhow!("the worker ended by itself"),
-                |error| anyhow::Error::new(error).context("the worker crashed"),
-            ));
-        }
-    };
+    tokio::select! {
+        () = interrupted()? => {}
+        Some(ended) = essential.join_next() => crash("an essential task", ended.err()),
+        ended = &mut worker => crash("the worker", ended.err()),
+    }
     tracing::info!("shutting down");
     serving.cancel();
     public_task.await.context("the public listener crashed")?;
-    if crashed {
-        // Containers outlive a crash, and what crashed is no fault of theirs: the next start takes them back.
-        if let Some(leave) = &leave {
-            leave.cancel();
-        }
-    } else if config.embedded_worker {
+    if config.embedded_worker {
         control.shut_down(CONTAINERS_END).await;
     }
     cancel.cancel();
@@ -190,17 +174,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     worker.await.context("the worker crashed")?;
     essential.shutdown().await;
     if let Some(runtime) = &runtime {
-        let ended = if crashed {
-            runtime.detach().await
-        } else {
-            runtime.remove_all().await
-        };
-        ended.context("cannot remove the containers' network")?;
+        runtime
+            .remove_all()
+            .await
+            .context("cannot remove the containers' network")?;
     }
     store.close().await;
-    if crashed {
-        bail!("the server ended because an essential task crashed; its log says why. Start it again: it recovers");
-    }
     tracing::info!("ended");
     Ok(())
 }
@@ -249,6 +228,14 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         capacity: config.embedded_worker.then(|| capacity(config)),
         scheduler: ionian_scheduler::Config::default(),
     }
+}
+
+/// Ends the process as a kill would: containers go on, and the next start takes them back and recovers from
+/// what is recorded.
+fn crash(what: &str, error: Option<JoinError>) -> ! {
+    let error = error.map_or_else(|| "it ended by itself".to_owned(), |error| error.to_string());
+    tracing::error!(error, "{what} crashed; the server ends. Start it again: it recovers");
+    std::process::exit(1)
 }
 
 /// gRPC to the service, everything else to the platform's own paths.

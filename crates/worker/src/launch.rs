@@ -119,8 +119,9 @@ pub(crate) fn isolated(id: ContainerId, spec: &ContainerSpec, prepared: Prepared
     }));
 
     let mut launch = Launch::new(id.to_string(), Rootfs::scratch(prepared.lower_dirs), argv);
-    launch.outlives_us = true;
     launch.env = env.0;
+    // The next process of this worker adopts it, or removes it.
+    launch.outlives_us = true;
     launch.workdir = config
         .workdir
         .clone()

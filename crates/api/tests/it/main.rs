@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "what a test is built from fails the test")]
 
+mod adoption;
 mod apps;
 mod auth;
 mod calls;
@@ -17,3 +18,4 @@ mod maps;
 mod restart;
 mod secrets;
 mod support;
+mod worker_protocol;

@@ -5,9 +5,9 @@ use ionian_proto::client as pb;
 use pb::generic_result::GenericStatus;
 
 use crate::support::deploy::image;
-use crate::support::{Platform, cbor_input, eventually, within};
+use crate::support::{Platform, Survivors, cbor_input, eventually, within};
 
-fn spawn(function_id: FunctionId, args: &[u8]) -> pb::FunctionMapRequest {
+pub(crate) fn spawn(function_id: FunctionId, args: &[u8]) -> pb::FunctionMapRequest {
     pb::FunctionMapRequest {
         function_id: function_id.to_string(),
         function_call_type: pb::FunctionCallType::Unary.into(),
@@ -17,7 +17,7 @@ fn spawn(function_id: FunctionId, args: &[u8]) -> pb::FunctionMapRequest {
     }
 }
 
-async fn result(platform: &Platform, call_id: &str) -> pb::GenericResult {
+pub(crate) async fn result(platform: &Platform, call_id: &str) -> pb::GenericResult {
     let request = pb::FunctionGetOutputsRequest {
         function_call_id: call_id.to_owned(),
         timeout: 55.0,
@@ -59,7 +59,7 @@ async fn inputs_that_wait_or_run_go_on_after_a_restart() {
     let input = container.next().await;
     let waiting = start(b"waiting").await;
 
-    let platform = platform.restart().await;
+    let platform = platform.restart_with(Survivors::Gone, |_| ()).await;
     let old = container.id;
     let container = platform.container_but(app.function("f"), &[old]).await;
     let again = container.next().await;
@@ -102,7 +102,7 @@ async fn apps_images_secrets_tokens_and_urls_are_still_there_after_a_restart() {
     let app = deploy.await.publish().await;
     let built = image(&mut platform.client(), "FROM python:3.11").await;
 
-    let platform = platform.restart().await;
+    let platform = platform.restart_with(Survivors::Gone, |_| ()).await;
     assert!(platform.web.routes.borrow().by_host_label.contains_key("team--app-web"));
     let container = platform.container(app.function("web")).await;
     let spec = eventually("the specification", || async {

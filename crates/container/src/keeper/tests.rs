@@ -92,7 +92,7 @@ async fn a_program_without_reader_waits_and_gets_no_error() {
 }
 
 #[tokio::test]
-async fn a_keeper_has_a_session_and_nothing_of_ours() {
+async fn a_keeper_has_a_process_group_and_nothing_of_ours() {
     let leak = std::fs::File::open("/etc/passwd").unwrap();
     // Without the flag that closes it in children, as something this process was started with.
     let leak = rustix::io::dup(&leak).unwrap();
@@ -112,8 +112,8 @@ async fn a_keeper_has_a_session_and_nothing_of_ours() {
     })
     .await;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let session = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(3).unwrap();
-    assert_eq!(session, pid.to_string());
+    let group = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(2).unwrap();
+    assert_eq!(group, pid.to_string());
     let child = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     let own = subject.directory.path().to_owned();
     for process in [pid.to_string(), child.trim().to_owned()] {

@@ -129,6 +129,7 @@ impl Leftovers {
             self.paths.specification.clone(),
             self.inner.config.runc_root().join(&name),
         ];
+        let _reader = keeper::let_end(&self.paths.specification);
         for directory in directories {
             results.push(
                 remove_directory(&directory)
@@ -306,6 +307,7 @@ pub(super) fn reap(
                 continue;
             }
             let path = parent.join(&name);
+            let _reader = keeper::let_end(&path);
             report.directories += usize::from(remove_directory(&path).map_err(|source| ReapError::Remove {
                 path: path.clone(),
                 source,

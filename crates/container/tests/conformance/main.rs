@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking, also in its helpers")]
 #![expect(clippy::print_stdout, reason = "tests say what they skip and what they measured")]
 
+mod adoption;
 mod common;
 mod isolated;
 mod leftovers;

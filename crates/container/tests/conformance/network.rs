@@ -159,7 +159,7 @@ async fn containers_do_not_reach_each_other_but_the_host_reaches_them() {
 }
 
 /// Serves `port` in the network namespace of a process, from a thread of this one.
-fn listen_inside(pid: i32, port: u16) {
+pub(crate) fn listen_inside(pid: i32, port: u16) {
     let (ready, is_ready) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let namespace = std::fs::File::open(format!("/proc/{pid}/ns/net")).unwrap();

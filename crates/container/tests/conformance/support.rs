@@ -143,6 +143,11 @@ impl Platform {
         let directory = tempfile::tempdir().unwrap();
         let mut config = ContainerConfig::new(format!("{test}-{}", std::process::id()), directory.path().join("state"));
         config.warm_network_slots = 2;
+        Self::open_on(config, directory).await
+    }
+
+    /// On what another process may have left.
+    pub(crate) async fn open_on(config: ContainerConfig, directory: tempfile::TempDir) -> Self {
         let runtime = RuncRuntime::open(config.clone()).await.unwrap();
         Self {
             runtime,

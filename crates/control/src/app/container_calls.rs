@@ -43,9 +43,6 @@ impl ContainerCalls<'_> {
     /// Waits for work. The first call says that the container is ready.
     pub async fn next(&self, entry: &ContainerEntry, max_inputs: u32) -> Result<Work> {
         let is_web = entry.function.spec.web.is_some() || !entry.function.spec.web_methods.is_empty();
-        if is_web {
-            entry.located().await;
-        }
         let mut ticket = self.0.turn().poll(entry.id, max_inputs).await?;
         let web = async {
             let taken = if is_web {

@@ -6,9 +6,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use ionian_domain::record::Write;
-use ionian_domain::{ContainerId, FunctionId, InputId, Timestamp};
+use ionian_domain::{ContainerId, FunctionId, InputId, Timestamp, WorkerId};
 
 use super::record::Record;
+use crate::Scheduler;
 use crate::event::{Event, PollId, ReplyId};
 use crate::placement::START_BURST;
 use crate::state::{Container, InputState, Phase, State};
@@ -19,10 +20,13 @@ use crate::turn::{Reply, Turn};
 pub(super) struct Before {
     /// The server started and has not yet read its record.
     pub is_recovering: bool,
+    /// The whole state is looked at another time.
+    pub is_cursory: bool,
     ending: BTreeSet<ContainerId>,
     polls: BTreeMap<PollId, (ContainerId, u32)>,
     asked: BTreeMap<ReplyId, Asked>,
     containers: BTreeSet<ContainerId>,
+    heard: BTreeSet<WorkerId>,
 }
 
 enum Asked {
@@ -75,15 +79,17 @@ impl Before {
                 } => {
                     before.polls.insert(*poll, (*container_id, *max_inputs));
                 }
-                Event::Recovered(_)
-                | Event::FunctionActivated { .. }
+                Event::WorkerConnected { worker_id, .. } | Event::WorkerHeard { worker_id } => {
+                    before.heard.insert(*worker_id);
+                }
+                // Reports that came before it are taken after it.
+                Event::Recovered(recovered) => before.containers.extend(recovered.containers.iter().map(|c| c.id)),
+                Event::FunctionActivated { .. }
                 | Event::FunctionDeactivated { .. }
                 | Event::CallConsumed { .. }
                 | Event::PollDropped { .. }
                 | Event::DeliveryLost { .. }
                 | Event::ServerReady { .. }
-                | Event::WorkerConnected { .. }
-                | Event::WorkerHeard { .. }
                 | Event::WorkerStarted { .. }
                 | Event::WorkerExited { .. }
                 | Event::WebDemand { .. }
@@ -107,6 +113,11 @@ pub(super) fn check(
         return before_recovery(state, turn);
     }
     answers(state, record, before, turn)?;
+    starts(state, now, turn)?;
+    heard(state, now, before)?;
+    if before.is_cursory {
+        return time(state, now, turn);
+    }
     let recorded: BTreeSet<&ContainerId> = record.live_containers().collect();
     let known: BTreeSet<&ContainerId> = state.containers.keys().collect();
     ensure(known == recorded, || {
@@ -117,8 +128,68 @@ pub(super) fn check(
     pools(state, now)?;
     containers(state, now)?;
     workers(state, now)?;
-    starts(state, now, turn)?;
     time(state, now, turn)
+}
+
+/// What a restart would recover is what is there: the same inputs in the same places, and the same
+/// containers with the same work.
+pub(super) fn recovery(state: &State, record: &Record, now: Timestamp) -> Result<(), String> {
+    let mut scheduler = Scheduler::new(state.config.clone());
+    scheduler.state.broken = state.broken;
+    let active = state.pools.iter().filter(|(_, pool)| pool.active);
+    let mut events: Vec<Event> = active
+        .map(|(id, pool)| Event::FunctionActivated {
+            function_id: *id,
+            settings: pool.settings.clone(),
+        })
+        .collect();
+    events.push(Event::Recovered(record.recovered()));
+    scheduler.handle(now, events, &mut || unreachable!("no worker is connected"));
+    let back = &scheduler.state;
+    ensure(back.containers.keys().eq(state.containers.keys()), || {
+        "a restart would not find the containers that there are".to_owned()
+    })?;
+    for (id, container) in &state.containers {
+        let found = &back.containers[id];
+        let same = found.worker_id == container.worker_id
+            && found.function_id == container.function_id
+            && found.definition_id == container.definition_id
+            && found.created_at == container.created_at;
+        ensure(same, || {
+            format!("{id} would come back as another: {found:?} and {container:?}")
+        })?;
+        let work = |container: &Container| -> Vec<_> {
+            let running = container.running.iter();
+            let kept = running.filter(|(_, running)| running.abandoned_until.is_none());
+            kept.map(|(input, running)| (*input, running.attempt)).collect()
+        };
+        let is_stopped = |container: &Container| matches!(container.phase, Phase::Stopping { .. });
+        ensure(is_stopped(container) || work(found) == work(container), || {
+            format!("{id} would come back with other work: {found:?} and {container:?}")
+        })?;
+        let pool = &state.pools[&container.function_id];
+        let is_outdated = !pool.active || pool.settings.definition_id != container.definition_id;
+        ensure(!is_outdated || !found.is_live(), || {
+            format!("{id} is of a definition that is over, and would come back for good")
+        })?;
+    }
+    for (id, input) in &state.inputs {
+        let Some(found) = back.inputs.get(id) else {
+            return Err(format!("{id} would be lost by a restart"));
+        };
+        let same = found.state == input.state
+            && found.attempt == input.attempt
+            && found.retries_used == input.retries_used
+            && found.call_id == input.call_id;
+        ensure(same, || {
+            format!("{id} would come back as another: {found:?} and {input:?}")
+        })?;
+    }
+    for (id, pool) in state.pools.iter().filter(|(_, pool)| pool.active) {
+        let same = back.pools[id].queue.values().eq(pool.queue.values());
+        ensure(same, || format!("the queue of {id} would come back in another order"))?;
+    }
+    Ok(())
 }
 
 fn ensure(holds: bool, sentence: impl FnOnce() -> String) -> Result<(), String> {
@@ -383,6 +454,18 @@ fn before_recovery(state: &State, turn: &Turn) -> Result<(), String> {
         is_silent && state.containers.is_empty() && !turn.desired_changed,
         || "something was decided before the record was read".to_owned(),
     )
+}
+
+/// Who spoke in this turn is not given up.
+fn heard(state: &State, now: Timestamp, before: &Before) -> Result<(), String> {
+    for id in &before.heard {
+        let is_noted = state
+            .workers
+            .get(id)
+            .is_none_or(|worker| worker.heard_at == now && !worker.is_silent);
+        ensure(is_noted, || format!("{id} spoke, and that was not noted"))?;
+    }
+    Ok(())
 }
 
 /// Who is silent for too long is given up, and has no containers then.

@@ -6,6 +6,7 @@
 
 mod ids;
 mod invariants;
+mod journal;
 mod record;
 mod scale;
 mod scenario;

@@ -100,6 +100,10 @@ impl Record {
         self.live.keys()
     }
 
+    pub(super) fn is_live(&self, id: &ContainerId) -> bool {
+        self.live.contains_key(id)
+    }
+
     /// Notes that a container's web endpoints are known, as the platform does behind the announcement.
     pub(super) fn web_ready(&mut self, container_id: ContainerId, at: Timestamp) {
         if let Some(row) = self.live.get_mut(&container_id) {

@@ -13,6 +13,23 @@ const SEEDS: u64 = 2_000;
 /// Seeds within which every mistake is caught.
 const SEEDS_TO_CATCH: u64 = 300;
 
+#[derive(Default)]
+struct Totals {
+    events: usize,
+    turns: usize,
+    crashes: usize,
+    troubles: usize,
+}
+
+impl Totals {
+    fn add(&mut self, other: &Self) {
+        self.events += other.events;
+        self.turns += other.turns;
+        self.crashes += other.crashes;
+        self.troubles += other.troubles;
+    }
+}
+
 fn replay(seed: u64) -> String {
     format!("IONIAN_SIM_SEED={seed} cargo nextest run -p ionian-scheduler simulation::every_seed --no-capture")
 }
@@ -29,22 +46,23 @@ fn every_seed_keeps_the_invariants_and_comes_to_rest() {
     };
     let started = std::time::Instant::now();
     let threads = thread::available_parallelism().map_or(1, |count| count.get() as u64);
-    let (mut events, mut turns, mut crashes) = (0, 0, 0);
+    let mut totals = Totals::default();
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads)
             .map(|worker| {
                 let seeds = seeds.clone();
                 scope.spawn(move || {
-                    let mut totals = (0, 0, 0);
+                    let mut totals = Totals::default();
                     for seed in seeds.filter(|seed| seed % threads == worker) {
                         match catch_unwind(|| world::run(seed, None)).unwrap_or_else(|_| Err("a panic".to_owned())) {
                             Ok(world) => {
                                 assert!(world.events >= 200, "seed {seed} saw only {} events", world.events);
-                                totals = (
-                                    totals.0 + world.events,
-                                    totals.1 + world.turns,
-                                    totals.2 + world.crashes,
-                                );
+                                totals.add(&Totals {
+                                    events: world.events,
+                                    turns: world.turns,
+                                    crashes: world.crashes,
+                                    troubles: world.troubles,
+                                });
                             }
                             Err(sentence) => {
                                 let story = world::story(seed, None);
@@ -58,19 +76,22 @@ fn every_seed_keeps_the_invariants_and_comes_to_rest() {
             .collect();
         for worker in workers {
             match worker.join() {
-                Ok(totals) => {
-                    events += totals.0;
-                    turns += totals.1;
-                    crashes += totals.2;
-                }
+                Ok(its) => totals.add(&its),
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
     });
     let seeds = seeds.end - seeds.start;
     let seconds = started.elapsed().as_secs_f64();
+    let Totals {
+        events,
+        turns,
+        crashes,
+        troubles,
+    } = totals;
     println!(
-        "{seeds} seeds, {events} events in {turns} turns, {crashes} crashes: {:.0} seeds/s",
+        "{seeds} seeds, {events} events in {turns} turns, {crashes} crashes of the server, \
+         {troubles} outages of workers: {seconds:.0} s, {:.0} seeds/s",
         seeds as f64 / seconds
     );
 }
@@ -136,7 +157,18 @@ catches! {
     idle_containers_that_stay: NeverScalesDown => "no rest";
     a_forgotten_deadline: ForgetsDeadlines => "the deadline of";
     work_for_a_container_that_ends: DeliversToDraining => "got work while it ends";
-    a_recovery_that_keeps_attempts: RecoversAttempts => "differs from its record";
+    a_recovery_that_keeps_attempts: RecoversAttempts => "come back with other work";
     an_abandoned_call_that_stays_open: LeavesCallsOpen => "is open and was forgotten";
     a_container_that_hangs: IgnoresHangingContainers => "is past the deadline";
+    a_silent_worker_that_is_waited_for: WaitsForSilentWorkers => "was silent for too long";
+    a_worker_that_is_given_up_although_it_speaks: IgnoresSignsOfLife => "spoke, and that was not noted";
+    a_start_on_a_worker_that_was_given_up: PlacesOnSilentWorkers => "on a worker that was given up";
+    a_result_of_a_container_that_was_given_up: AnswersTheFenced => "which is fenced";
+    a_container_that_is_started_twice: ForgetsSightings => "is started again";
+    a_decision_before_the_record_is_read: StartsBeforeRecovery => "before the record was read";
+    a_restart_that_forgets_containers: ForgetsSurvivors => "would not find the containers";
+    a_restart_that_forgets_what_runs: ForgetsWhatSurvivorsRun => "other work";
+    a_delivery_that_died_with_the_server: TrustsTheLastDelivery => "never got it";
+    a_request_to_an_unknown_place: ServesUnseenWebContainers => "nobody knows where that is";
+    a_container_of_an_older_definition_that_stays: KeepsOutdatedSurvivors => "would come back for good";
 }

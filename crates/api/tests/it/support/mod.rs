@@ -28,7 +28,7 @@ pub(crate) use builder::Builder;
 pub(crate) use container::Container;
 pub(crate) use deploy::{Deploy, DeployedApp, cbor_input};
 pub(crate) use service::{Client, client_of, tried};
-pub(crate) use worker::Worker;
+pub(crate) use worker::{Survivors, Worker};
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -59,10 +59,14 @@ impl Platform {
 
     pub(crate) async fn start_with(configure: impl FnOnce(&mut ControlConfig)) -> Self {
         let dir = Arc::new(tempfile::tempdir().unwrap());
-        Self::start_on(dir, configure).await
+        Self::start_on(dir, Survivors::Live, configure).await
     }
 
-    async fn start_on(dir: Arc<tempfile::TempDir>, configure: impl FnOnce(&mut ControlConfig)) -> Self {
+    async fn start_on(
+        dir: Arc<tempfile::TempDir>,
+        survivors: Survivors,
+        configure: impl FnOnce(&mut ControlConfig),
+    ) -> Self {
         let store = Store::open(&dir.path().join("ionian.db")).await.unwrap();
         let (content, blobs) = ionian_blobs::open_local(&dir.path().join("blobs")).await.unwrap();
         let builder = Arc::new(Builder::default());
@@ -96,7 +100,7 @@ impl Platform {
         };
         Self {
             api: Api::new(control.clone(), UrlSigner::new([3; 32]), "http"),
-            worker: Worker::start(desired, reports),
+            worker: Worker::start(desired, reports, survivors),
             control,
             store,
             builder,
@@ -108,8 +112,12 @@ impl Platform {
         }
     }
 
-    /// Ends without a word, as by a power cut, and starts on what is on the disk.
+    /// Ends without a word, as by a kill, and starts on what is on the disk. Containers go on.
     pub(crate) async fn restart(self) -> Self {
+        self.restart_with(Survivors::Live, |_| ()).await
+    }
+
+    pub(crate) async fn restart_with(self, survivors: Survivors, configure: impl FnOnce(&mut ControlConfig)) -> Self {
         let Self {
             cancel,
             mut essential,
@@ -125,7 +133,7 @@ impl Platform {
         essential.shutdown().await;
         drop((control, api));
         store.close().await;
-        Self::start_on(dir, |_| ()).await
+        Self::start_on(dir, survivors, configure).await
     }
 
     /// A developer's client.
@@ -137,6 +145,11 @@ impl Platform {
                 ("x-modal-token-secret", SECRET),
             ],
         )
+    }
+
+    /// A container that was ordered by an earlier server.
+    pub(crate) fn survivor(&self, id: ContainerId) -> Container {
+        Container::new(self, id)
     }
 
     /// Waits until a container of this function was ordered, and is it.
@@ -175,17 +188,12 @@ fn config(dir: &Path) -> ControlConfig {
         data_dir: dir.to_owned(),
         default_scaledown_window: Duration::from_mins(1),
         client_heartbeat_timeout: Duration::from_mins(1),
-        capacity: WorkerCapacity {
+        capacity: Some(WorkerCapacity {
             cpu_millis: 64_000,
             memory_mib: 64_000,
             max_starting: 64,
-        },
-        scheduler: ionian_scheduler::Config {
-            cpu_millis: 64_000,
-            memory_mib: 64_000,
-            max_starting: 64,
-            ..ionian_scheduler::Config::default()
-        },
+        }),
+        scheduler: ionian_scheduler::Config::default(),
     }
 }
 

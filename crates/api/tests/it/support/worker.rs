@@ -1,4 +1,5 @@
-//! A worker that starts nothing: containers are started when they are wanted and end when they are not.
+//! A worker that starts nothing: containers are started when they are wanted and end when they are not. Those
+//! of an earlier server live on, or are gone.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -15,6 +16,15 @@ use tokio::task::JoinHandle;
 pub(crate) struct Seen {
     pub specs: Vec<(ContainerId, Arc<ContainerSpec>)>,
     pub stopped: Vec<ContainerId>,
+    /// Taken over from an earlier server.
+    pub adopted: Vec<ContainerId>,
+}
+
+/// What became of the containers of an earlier server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Survivors {
+    Live,
+    Gone,
 }
 
 pub(crate) struct Worker {
@@ -24,9 +34,13 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn start(desired: watch::Receiver<DesiredSet>, reports: mpsc::Sender<WorkerReport>) -> Self {
+    pub(crate) fn start(
+        desired: watch::Receiver<DesiredSet>,
+        reports: mpsc::Sender<WorkerReport>,
+        survivors: Survivors,
+    ) -> Self {
         let seen = Arc::<Mutex<Seen>>::default();
-        let task = tokio::spawn(run(desired, reports.clone(), Arc::clone(&seen)));
+        let task = tokio::spawn(run(desired, reports.clone(), Arc::clone(&seen), survivors));
         Self { seen, reports, task }
     }
 
@@ -50,16 +64,39 @@ impl Worker {
     }
 }
 
-async fn run(mut desired: watch::Receiver<DesiredSet>, reports: mpsc::Sender<WorkerReport>, seen: Arc<Mutex<Seen>>) {
+async fn run(
+    mut desired: watch::Receiver<DesiredSet>,
+    reports: mpsc::Sender<WorkerReport>,
+    seen: Arc<Mutex<Seen>>,
+    survivors: Survivors,
+) {
     let mut started: HashSet<ContainerId> = HashSet::new();
     let mut ended: HashSet<ContainerId> = HashSet::new();
     loop {
         let set = desired.borrow_and_update().clone();
+        assert!(
+            set.generation.0 > 0 || set.containers.is_empty(),
+            "generation 0 says nothing"
+        );
         started.retain(|id| set.containers.iter().any(|container| container.id == *id));
         for container in set.containers {
+            let is_survivor = container.must_exist && !started.contains(&container.id);
             let report = match container.state {
+                DesiredState::Running | DesiredState::Stopped { .. } if is_survivor && survivors == Survivors::Gone => {
+                    if !ended.insert(container.id) {
+                        continue;
+                    }
+                    WorkerReport::Exited {
+                        container_id: container.id,
+                        exit: ContainerExit::Lost,
+                    }
+                }
                 DesiredState::Running if started.insert(container.id) => {
-                    seen.lock().specs.push((container.id, container.spec));
+                    let mut seen = seen.lock();
+                    if is_survivor {
+                        seen.adopted.push(container.id);
+                    }
+                    seen.specs.push((container.id, container.spec));
                     WorkerReport::Started(ContainerStarted {
                         container_id: container.id,
                         address: [127, 0, 0, 1].into(),

@@ -154,22 +154,15 @@ fn only_the_last_delivery_is_doubted() {
 fn a_deadline_does_not_start_anew() {
     check(
         "
-        silence 10s
-        fn f timeout=1m
+        fn f timeout=5m
         call c f
         poll A
-        +9s
-        heard w
-        away 31s
+        away 4m
         restart
-        +9s
-        heard w
-        +9s
-        heard w
-        +20s
+        +60s
         ",
         &expect![[r#"
-            0s fn f timeout=1m
+            0s fn f timeout=5m
             0s call c f
                 record: call c, c.0 waits, A for f
                 answer: yes
@@ -177,19 +170,11 @@ fn a_deadline_does_not_start_anew() {
             0s poll A
                 record: c.0 on A
                 answer: A gets c.0
-            9s heard w
-            40s restart
+            240s restart
                 desired: A
-            49s heard w
-            58s heard w
-            60s …
-                record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 60s'
+            300s …
+                record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 300s'
                 order: A lets go of c.0
-            65s …
-                desired: A stopped in 0s (TimedOut)
-            68s …
-                record: A ended
-                desired: nothing
         "#]],
     );
 }
@@ -199,16 +184,13 @@ fn a_deadline_does_not_start_anew() {
 fn a_time_that_ran_out_while_the_server_was_away_is_over_a_moment_later() {
     check(
         "
-        silence 30s
         fn f timeout=1m retries=1/10s
         map m f 2
         poll A & poll B
         away 5m
         restart
         done A m.0
-        +20s
-        heard w
-        +10s
+        +60s
         ",
         &expect![[r#"
             0s fn f timeout=1m retries=1/10s
@@ -224,9 +206,8 @@ fn a_time_that_ran_out_while_the_server_was_away_is_over_a_moment_later() {
             300s done A m.0
                 record: m.0 is Success (output 1)
                 answer: yes
-            320s heard w
-            330s …
-                record: m.1#1 waits from 340s, 1 retries
+            360s …
+                record: m.1#1 waits from 370s, 1 retries
                 order: B lets go of m.1
         "#]],
     );

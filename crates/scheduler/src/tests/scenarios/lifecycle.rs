@@ -465,3 +465,32 @@ fn a_client_repeats_its_last_word_after_a_restart() {
         "#]],
     );
 }
+
+/// What becomes free while the server ends is not used.
+#[test]
+fn nothing_that_waits_for_room_starts_during_a_shutdown() {
+    check(
+        "
+        fn f cpu=2000
+        map m f 2
+        poll A
+        shutdown
+        exit A 0
+        ",
+        &expect![[r#"
+            0s fn f cpu=2000
+            0s map m f 2
+                record: call m, m.0 m.1 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s shutdown
+                desired: A stopped in 10s (ShuttingDown)
+            0s exit A 0
+                record: A ended, m.0#1 waits from 0s, 0 retries
+                desired: nothing
+        "#]],
+    );
+}

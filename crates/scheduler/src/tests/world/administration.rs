@@ -7,7 +7,7 @@ use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::{ContainerId, Outcome};
 
-use super::{Action, Ask, Function, World};
+use super::{Action, Ask, Function, Server, World};
 use crate::event::{Event, PoolSettings};
 use crate::tests::ids::numbered;
 
@@ -46,7 +46,7 @@ impl World {
             timeout: Duration::from_secs(3 + u64::from(self.random.below(10))),
             startup_timeout: Duration::from_secs(4 + u64::from(self.random.below(10))),
             single_use: !is_web && batching.is_none() && slots == 1 && self.random.percent(15),
-            // Five of the largest minima and one more fit into the smallest machine.
+            // Five of the largest minima and one more fit onto the first worker.
             cpu_millis: 100 + 50 * self.random.below(5),
             memory_mib: 256,
         };
@@ -82,6 +82,16 @@ impl World {
     /// Somebody deploys, stops an app, or changes its autoscaler. It is in the database before the
     /// scheduler hears of it.
     pub(super) fn administrate(&mut self) {
+        if self.server != Server::Up {
+            return;
+        }
+        if self.random.percent(4) {
+            // The server is told to end, and does so with what has not ended by then.
+            self.after_ms(0, Action::Event(Event::ShuttingDown));
+            let delay = u64::from(self.random.below(4_000));
+            self.after_ms(delay, Action::Crash);
+            return;
+        }
         let function = self
             .random
             .below(u32::try_from(self.functions.len()).expect("some functions")) as usize;

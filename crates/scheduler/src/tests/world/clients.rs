@@ -1,10 +1,11 @@
 //! Clients: they start calls, repeat what was not answered, change their minds, and vanish.
 
-use ionian_domain::call::{Call, CallKind, InputPayload, Invocation, Payload};
+use ionian_domain::call::{AttemptNumber, Call, CallKind, InputPayload, Invocation, Payload};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::NewInput;
-use ionian_domain::{CallId, FunctionId, InputId, Outcome};
+use ionian_domain::{CallId, ContainerId, FunctionId, InputId, Outcome};
 
+use super::containers::ContainerStep;
 use super::ingress::IngressStep;
 use super::{Action, Server, World};
 use crate::event::{Event, Refusal, ReplyId};
@@ -32,6 +33,8 @@ pub(super) enum ClientStep {
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Ask {
     Client(usize, ClientStep),
+    /// A container that tells a result.
+    Report(ContainerId, InputId, AttemptNumber, OutcomeStatus),
     /// A container, whose end ends its question, or somebody who does not care.
     Nobody,
 }
@@ -43,7 +46,7 @@ impl World {
             .below(u32::try_from(self.functions.len()).expect("some functions")) as usize;
         let (function_id, is_web) = (self.functions[function].id, self.functions[function].settings.is_web);
         if is_web {
-            if self.server != Server::Down && self.functions[function].is_active {
+            if self.server == Server::Up && self.functions[function].is_active {
                 for _ in 0..=self.random.below(3) {
                     let delay = u64::from(self.random.below(50));
                     self.after_ms(delay, Action::Ingress(function_id, IngressStep::Request));
@@ -81,7 +84,7 @@ impl World {
     }
 
     pub(super) fn client_step(&mut self, index: usize, step: ClientStep) {
-        if self.server == Server::Down {
+        if self.server != Server::Up {
             self.after_ms(500, Action::Client(index, step));
             return;
         }
@@ -178,7 +181,7 @@ impl World {
                     self.after_ms(delay, Action::Client(index, ClientStep::Consume));
                 }
             }
-            (Err(Refusal::QueueFull), step) => self.after_ms(300, Action::Client(index, step)),
+            (Err(Refusal::QueueFull), step) => self.after_ms(1_000, Action::Client(index, step)),
             (Ok(()), ClientStep::Consume | ClientStep::Cancel)
             | (Err(Refusal::UnknownFunction | Refusal::UnknownCall | Refusal::UnknownContainer), _) => {}
         }
@@ -206,6 +209,10 @@ impl World {
         for (_, ask) in std::mem::take(&mut self.asks) {
             match ask {
                 Ask::Client(index, step) => self.after_ms(100, Action::Client(index, step)),
+                Ask::Report(id, input_id, attempt, status) => {
+                    let step = ContainerStep::Report(input_id, attempt, status);
+                    self.after_ms(200, Action::Container(id, step));
+                }
                 Ask::Nobody => {}
             }
         }

@@ -1,14 +1,13 @@
-//! The worker and its containers: slow, forgetful, and mortal.
+//! Containers: slow, forgetful and mortal. They outlive the server and, mostly, their worker.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use ionian_domain::call::AttemptNumber;
 use ionian_domain::container::ContainerExit;
 use ionian_domain::outcome::OutcomeStatus;
-use ionian_domain::worker::DesiredState;
 use ionian_domain::{ContainerId, FunctionId, InputId, Outcome};
 
-use super::{Action, Ask, World};
+use super::{Action, Ask, Server, World, workers};
 use crate::event::{AttemptReport, Event, PollId};
 use crate::turn::{Delivery, DesiredEntry};
 
@@ -19,23 +18,35 @@ const CALM_HOLD_MS: u64 = 3_600_000;
 /// An exit that was not acknowledged is told again.
 const EXIT_REPEAT_MS: u64 = 1_000;
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Condition {
+    Starting,
+    Up,
+    /// It asks for nothing any more, and does not end.
+    Hung,
+}
+
 #[expect(
     clippy::struct_excessive_bools,
     reason = "a process of others can be in any combination of these"
 )]
 pub(super) struct ContainerModel {
+    pub worker: usize,
     function_id: FunctionId,
     /// Inputs that it takes at a time, and in one answer.
     slots: u32,
     batch: u32,
     is_single_use: bool,
     never_polls: bool,
-    is_up: bool,
+    cpu_millis: u32,
+    condition: Condition,
     was_ready: bool,
     must_end: bool,
-    exit: Option<ContainerExit>,
-    poll: Option<PollId>,
-    running: BTreeMap<InputId, AttemptNumber>,
+    pub exit: Option<ContainerExit>,
+    pub poll: Option<PollId>,
+    /// The life of the server that heard its last poll.
+    pub polled_in: Option<u64>,
+    running: BTreeSet<(InputId, AttemptNumber)>,
 }
 
 impl ContainerModel {
@@ -53,86 +64,52 @@ pub(super) enum ContainerStep {
     HoldOver(PollId),
     Finish(InputId, AttemptNumber),
     Cancel(InputId),
+    /// Tells a result, until that is answered.
+    Report(InputId, AttemptNumber, OutcomeStatus),
     Die(ContainerExit),
+    TellStarted,
     TellExit,
+    /// A container that never polls says that it is ready.
+    Announce,
 }
 
 impl World {
-    pub(super) fn worker_sees(&mut self, generation: u64, entries: &[DesiredEntry]) -> Result<(), String> {
-        if generation < self.seen_generation {
-            return Ok(());
-        }
-        self.seen_generation = generation;
-        for (id, container) in &self.containers {
-            if container.exit.is_none() && !entries.iter().any(|entry| entry.container_id == *id) {
-                return Err(format!("{id} runs and vanished from the desired set"));
-            }
-        }
-        let acknowledged: Vec<ContainerId> = self
-            .containers
-            .keys()
-            .filter(|id| !entries.iter().any(|entry| entry.container_id == **id))
-            .copied()
-            .collect();
-        for id in acknowledged {
-            self.containers.remove(&id);
-            self.acknowledged.insert(id);
-        }
-        for entry in entries {
-            let id = entry.container_id;
-            if self.acknowledged.contains(&id) {
-                return Err(format!("{id} ended, and the desired set names it again"));
-            }
-            match (
-                entry.state,
-                self.containers.get(&id).map(|container| container.exit.is_some()),
-            ) {
-                (_, None) if entry.must_exist => {
-                    self.start(entry);
-                    self.die(id, ContainerExit::Lost);
-                }
-                (DesiredState::Running, None) => self.start(entry),
-                (DesiredState::Stopped { .. }, None) => {
-                    self.start(entry);
-                    let exit = ContainerExit::StartFailed {
-                        message: "stopped before it started".to_owned(),
-                    };
-                    self.die(id, exit);
-                }
-                (DesiredState::Stopped { grace, .. }, Some(false)) => {
-                    let grace = u32::try_from(grace.as_millis()).expect("a short grace time");
-                    let delay = u64::from(self.random.below(grace + 1));
-                    let exit = if self.random.percent(50) {
-                        ContainerExit::Exited { code: 0 }
-                    } else {
-                        ContainerExit::Signaled { signal: 9 }
-                    };
-                    self.after_ms(delay, Action::Container(id, ContainerStep::Die(exit)));
-                }
-                (DesiredState::Running, Some(_)) | (DesiredState::Stopped { .. }, Some(true)) => {}
-            }
-        }
-        Ok(())
-    }
-
-    fn start(&mut self, entry: &DesiredEntry) {
+    pub(super) fn insert_model(&mut self, worker: usize, entry: &DesiredEntry) {
         let function = self.function_of(entry.function_id);
         let settings = &function.settings;
         let model = ContainerModel {
+            worker,
             function_id: entry.function_id,
             slots: settings.slots,
             batch: settings.batching.map_or(1, |batching| batching.max_size),
+            cpu_millis: settings.cpu_millis,
             is_single_use: settings.single_use,
             never_polls: function.never_polls,
-            is_up: false,
+            condition: Condition::Starting,
             was_ready: false,
             must_end: false,
             exit: None,
             poll: None,
-            running: BTreeMap::new(),
+            polled_in: None,
+            running: BTreeSet::new(),
         };
+        self.containers.insert(entry.container_id, model);
+    }
+
+    pub(super) fn start(&mut self, worker: usize, entry: &DesiredEntry) -> Result<(), String> {
         let id = entry.container_id;
-        self.containers.insert(id, model);
+        if self.has_worked.contains(&id) {
+            return Err(format!("{id} had work, and is started again"));
+        }
+        self.insert_model(worker, entry);
+        let there = self
+            .containers
+            .values()
+            .filter(|c| c.worker == worker && c.exit.is_none());
+        let used: u32 = there.map(|container| container.cpu_millis).sum();
+        if used > self.workers[worker].capacity.cpu_millis {
+            return Err(format!("{id} does not fit on its worker, which has {used} then"));
+        }
         let full = ContainerExit::StartFailed {
             message: "no space left on device".to_owned(),
         };
@@ -157,12 +134,22 @@ impl World {
             let delay = u64::from(self.random.below(15_000));
             self.after_ms(delay, Action::Container(id, ContainerStep::Die(exit)));
         }
+        let delay = 5 + u64::from(self.random.below(100));
+        self.after_ms(delay, Action::Container(id, ContainerStep::TellStarted));
+        Ok(())
+    }
+
+    /// Whether the container can say something to the server now.
+    fn reaches_server(&self, id: ContainerId) -> bool {
+        let container = &self.containers[&id];
+        self.server != Server::Down && self.workers[container.worker].condition != workers::Condition::Cut
     }
 
     pub(super) fn container_step(&mut self, id: ContainerId, step: ContainerStep) {
         let Some(container) = self.containers.get_mut(&id) else {
             return;
         };
+        let worker = container.worker;
         if container.exit.is_some() && !matches!(step, ContainerStep::TellExit) {
             return;
         }
@@ -177,8 +164,7 @@ impl World {
                 }
             }
             ContainerStep::Finish(input_id, attempt) => {
-                if container.running.get(&input_id) == Some(&attempt) {
-                    container.running.remove(&input_id);
+                if container.running.remove(&(input_id, attempt)) {
                     let status = if self.random.percent(80) {
                         OutcomeStatus::Success
                     } else {
@@ -190,18 +176,42 @@ impl World {
             }
             ContainerStep::Cancel(input_id) => {
                 // Some runtimes do not listen.
-                if !self.mishap(20)
-                    && let Some(container) = self.containers.get_mut(&id)
-                    && let Some(attempt) = container.running.remove(&input_id)
-                {
-                    self.report(id, input_id, attempt, OutcomeStatus::Terminated);
-                    self.after_input(id);
+                let named: Vec<_> = container
+                    .running
+                    .iter()
+                    .filter(|(running, _)| *running == input_id)
+                    .copied()
+                    .collect();
+                if !self.mishap(20) {
+                    for (input_id, attempt) in named {
+                        let container = self.containers.get_mut(&id).expect("it was just found");
+                        container.running.remove(&(input_id, attempt));
+                        self.report(id, input_id, attempt, OutcomeStatus::Terminated);
+                        self.after_input(id);
+                    }
+                }
+            }
+            ContainerStep::Report(input_id, attempt, status) => self.report(id, input_id, attempt, status),
+            ContainerStep::Announce => {
+                if self.reaches_server(id) {
+                    self.after_ms(1, Action::Event(Event::ServerReady { container_id: id }));
+                } else {
+                    self.after_ms(400, Action::Container(id, ContainerStep::Announce));
+                }
+            }
+            ContainerStep::TellStarted => {
+                if self.worker_speaks(worker) && !self.mishap(5) {
+                    self.after_ms(0, Action::Event(Event::WorkerStarted { container_id: id }));
+                } else {
+                    self.after_ms(800, Action::Container(id, ContainerStep::TellStarted));
                 }
             }
             ContainerStep::Die(exit) => self.die(id, exit),
             ContainerStep::TellExit => {
                 if let Some(exit) = container.exit.clone() {
-                    self.after_ms(0, Action::Event(Event::WorkerExited { container_id: id, exit }));
+                    if self.worker_speaks(worker) && !self.mishap(10) {
+                        self.after_ms(0, Action::Event(Event::WorkerExited { container_id: id, exit }));
+                    }
                     self.after_ms(EXIT_REPEAT_MS, Action::Container(id, ContainerStep::TellExit));
                 }
             }
@@ -211,6 +221,10 @@ impl World {
     fn booted(&mut self, id: ContainerId) {
         let function_id = self.containers[&id].function_id;
         let never_polls = self.containers[&id].never_polls;
+        if !self.reaches_server(id) {
+            self.after_ms(400, Action::Container(id, ContainerStep::Booted));
+            return;
+        }
         if self.function_of(function_id).is_broken {
             let outcome = Outcome::decided(OutcomeStatus::Failure, "ImportError");
             let reply = self.ask(Ask::Nobody);
@@ -229,10 +243,10 @@ impl World {
             return;
         }
         let container = self.containers.get_mut(&id).expect("it just booted");
-        container.is_up = true;
+        container.condition = Condition::Up;
         container.was_ready = true;
         if never_polls {
-            self.after_ms(1, Action::Event(Event::ServerReady { container_id: id }));
+            self.after_ms(1, Action::Container(id, ContainerStep::Announce));
         } else {
             self.poll(id);
         }
@@ -242,12 +256,23 @@ impl World {
         let poll = PollId(self.number());
         let greedy = self.mishap(3);
         let modest = self.random.percent(20);
-        let Some(container) = self.containers.get_mut(&id) else {
+        let hangs = self.goes_wrong && self.random.below(400) == 0;
+        if !self.containers.contains_key(&id) {
             return;
-        };
+        }
+        let reaches_server = self.reaches_server(id);
+        let container = self.containers.get_mut(&id).expect("it was just found");
+        if hangs && container.running.is_empty() {
+            container.condition = Condition::Hung;
+        }
         // A runtime polls when it has a free slot; a strange one polls all the same.
         let wants = container.has_free_slot() || greedy;
-        if !container.is_up || container.exit.is_some() || container.must_end || container.never_polls || !wants {
+        let is_up = container.condition == Condition::Up && container.exit.is_none();
+        if !is_up || container.must_end || container.never_polls || !wants {
+            return;
+        }
+        if !reaches_server {
+            self.after_ms(350, Action::Container(id, ContainerStep::Poll));
             return;
         }
         let max_inputs = if modest { 1 } else { container.batch };
@@ -307,14 +332,18 @@ impl World {
         };
         container.poll = None;
         for delivery in inputs {
-            if container.running.insert(delivery.input_id, delivery.attempt).is_some() {
+            container.running.insert((delivery.input_id, delivery.attempt));
+        }
+        let is_single_use = container.is_single_use;
+        self.has_worked.insert(id);
+        for delivery in inputs {
+            if !self.received.insert((delivery.input_id, delivery.attempt)) {
                 return Err(format!(
-                    "{} was given to {id}, which runs it already",
+                    "{} runs twice as the same attempt, now on {id}",
                     delivery.input_id
                 ));
             }
         }
-        let is_single_use = container.is_single_use;
         for delivery in inputs {
             if !self.mishap(3) {
                 let delay = if self.random.percent(10) {
@@ -332,9 +361,15 @@ impl World {
         Ok(())
     }
 
+    /// Tells a result; again, if the server died over it.
     fn report(&mut self, id: ContainerId, input_id: InputId, attempt: AttemptNumber, status: OutcomeStatus) {
+        if !self.reaches_server(id) {
+            let step = ContainerStep::Report(input_id, attempt, status);
+            self.after_ms(300, Action::Container(id, step));
+            return;
+        }
         let times = if self.mishap(5) { 2 } else { 1 };
-        for _ in 0..times {
+        for time in 0..times {
             let delay = u64::from(self.random.below(20));
             let outcome = Outcome::decided(status, "");
             let outputs = vec![AttemptReport {
@@ -343,7 +378,11 @@ impl World {
                 outcome,
                 started_at: None,
             }];
-            let reply = self.ask(Ask::Nobody);
+            let reply = self.ask(if time == 0 {
+                Ask::Report(id, input_id, attempt, status)
+            } else {
+                Ask::Nobody
+            });
             self.after_ms(
                 delay,
                 Action::Event(Event::OutputsReported {
@@ -355,6 +394,22 @@ impl World {
         }
         let function_id = self.containers[&id].function_id;
         self.function_of(function_id).failures.0 = 0;
+    }
+
+    /// The server died: who waited for its answer asks the next one.
+    pub(super) fn containers_lose_the_server(&mut self) {
+        let all: Vec<ContainerId> = self.containers.keys().copied().collect();
+        for id in all {
+            let delay = 100 + u64::from(self.random.below(900));
+            let announces_again = self.random.percent(50);
+            let container = self.containers.get_mut(&id).expect("it was just listed");
+            if container.poll.take().is_some() {
+                self.after_ms(delay, Action::Container(id, ContainerStep::Poll));
+            } else if container.never_polls && container.condition == Condition::Up && announces_again {
+                self.after_ms(delay, Action::Container(id, ContainerStep::Announce));
+            }
+        }
+        self.polls.clear();
     }
 
     fn after_input(&mut self, id: ContainerId) {
@@ -408,7 +463,7 @@ impl World {
         }
     }
 
-    fn die(&mut self, id: ContainerId, exit: ContainerExit) {
+    pub(super) fn die(&mut self, id: ContainerId, exit: ContainerExit) {
         let Some(container) = self
             .containers
             .get_mut(&id)
@@ -417,7 +472,6 @@ impl World {
             return;
         };
         let (function_id, was_ready) = (container.function_id, container.was_ready);
-        container.is_up = false;
         container.poll = None;
         container.exit = Some(exit);
         container.running.clear();

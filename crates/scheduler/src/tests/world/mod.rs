@@ -1,5 +1,6 @@
-//! A world around the scheduler: a server that crashes, a worker, containers, an ingress, clients and
-//! administrators, all of whom are slow, repeat themselves and vanish. Everything follows from a seed.
+//! A world around the scheduler: a server that crashes, workers that crash, freeze and are cut off,
+//! containers that live on or not, an ingress, clients and administrators, all of whom are slow, repeat
+//! themselves and vanish. Everything follows from a seed.
 //!
 //! Time is virtual. What happens is a queue of actions; those of the same moment reach the scheduler in
 //! one turn. After each turn the writes go to the record, the invariants are checked, and only then do
@@ -11,26 +12,31 @@ mod containers;
 mod ingress;
 mod random;
 mod server;
+mod workers;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
+use ionian_domain::call::AttemptNumber;
+use ionian_domain::record::Recovered;
 use ionian_domain::{CallId, ContainerId, FunctionId, InputId, Timestamp};
 
 use self::clients::{Ask, ClientCall, ClientStep};
 use self::containers::{ContainerModel, ContainerStep};
 use self::ingress::{Ingress, IngressStep};
 use self::random::Random;
+use self::workers::{WorkerModel, WorkerStep};
 use super::ids::numbered;
 use super::record::Record;
 use crate::breaks::Break;
 use crate::event::{Event, PollId, PoolSettings, ReplyId};
 use crate::state::Phase;
-use crate::turn::DesiredEntry;
-use crate::{Config, Scheduler};
+use crate::{Config, Scheduler, journal};
 
 /// Events that each seed takes at least while things go wrong.
-const EVENTS: usize = 250;
+const EVENTS: usize = 230;
+/// No more clients come while so much waits: a long outage would make a seed of nothing but waiting.
+const PATIENT_CLIENTS: usize = 30;
 /// Lines of the story that a failure shows.
 const REMEMBERED: usize = 60;
 /// How long everything may take to come to rest once nothing goes wrong any more.
@@ -53,15 +59,17 @@ pub(super) struct Function {
 enum Action {
     Event(Event),
     Container(ContainerId, ContainerStep),
-    WorkerSees {
-        generation: u64,
-        entries: Vec<DesiredEntry>,
-    },
+    Worker(usize, WorkerStep),
+    Trouble,
     Ingress(FunctionId, IngressStep),
     Client(usize, ClientStep),
     NewClient,
     Administrator,
+    /// The web endpoints of a container were noted.
+    WebNoted(ContainerId),
+    Crash,
     Restart,
+    ReadRecord,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -85,8 +93,15 @@ pub(super) struct World {
     next_number: u64,
     functions: Vec<Function>,
     containers: BTreeMap<ContainerId, ContainerModel>,
-    seen_generation: u64,
+    workers: Vec<WorkerModel>,
     generation: u64,
+    /// Attempts that reached a container, and containers that ever got one.
+    received: BTreeSet<(InputId, AttemptNumber)>,
+    has_worked: BTreeSet<ContainerId>,
+    /// Containers of which a server was told where they are, by the server's life.
+    located: BTreeSet<(u64, ContainerId)>,
+    /// What was said to the server before it had read its record.
+    early: Vec<Event>,
     acknowledged: BTreeSet<ContainerId>,
     polls: BTreeMap<PollId, ContainerId>,
     calls: Vec<ClientCall>,
@@ -97,12 +112,15 @@ pub(super) struct World {
     goes_wrong: bool,
     broken: Option<Break>,
     config: Config,
+    /// What the server would write into its journal, where it is asked for.
+    journal: Option<Vec<u8>>,
     /// Telling costs more than living.
     tells: bool,
     story: VecDeque<String>,
     pub events: usize,
     pub turns: usize,
     pub crashes: usize,
+    pub troubles: usize,
 }
 
 /// Runs one seed to its end. An error is what was violated, and how it came to it.
@@ -110,6 +128,17 @@ pub(super) fn run(seed: u64, broken: Option<Break>) -> Result<World, String> {
     let mut world = World::new(seed, broken);
     world.live()?;
     Ok(world)
+}
+
+/// The journal of a seed, while things go wrong.
+pub(super) fn journal(seed: u64) -> Result<String, String> {
+    let mut world = World::new(seed, None);
+    world.journal = Some(journal::opening(&world.config));
+    while world.events < EVENTS {
+        world.step()?;
+    }
+    let lines = world.journal.unwrap_or_default();
+    String::from_utf8(lines).map_err(|error| error.to_string())
 }
 
 /// The last lines of a seed's story: how it came to what went wrong.
@@ -130,7 +159,7 @@ impl World {
             drain_grace: Duration::from_secs(5),
             stop_grace: Duration::from_secs(3),
             cancel_grace: Duration::from_secs(2),
-            worker_silence: Duration::from_hours(100_000),
+            worker_silence: workers::SILENCE,
         };
         let mut scheduler = Scheduler::new(config.clone());
         scheduler.state.broken = broken;
@@ -146,8 +175,12 @@ impl World {
             next_number: 0,
             functions: Vec::new(),
             containers: BTreeMap::new(),
-            seen_generation: 0,
+            workers: Vec::new(),
             generation: 0,
+            received: BTreeSet::new(),
+            has_worked: BTreeSet::new(),
+            located: BTreeSet::new(),
+            early: Vec::new(),
             acknowledged: BTreeSet::new(),
             polls: BTreeMap::new(),
             calls: Vec::new(),
@@ -158,27 +191,17 @@ impl World {
             goes_wrong: true,
             broken,
             config,
+            journal: None,
             tells: false,
             story: VecDeque::new(),
             events: 0,
             turns: 0,
             crashes: 0,
+            troubles: 0,
         };
-        world.after_ms(
-            0,
-            Action::Event(Event::Recovered(ionian_domain::record::Recovered::default())),
-        );
-        world.after_ms(
-            0,
-            Action::Event(Event::WorkerConnected {
-                worker_id: numbered(1),
-                capacity: ionian_domain::worker::WorkerCapacity {
-                    cpu_millis: 2000,
-                    memory_mib: 4096,
-                    max_starting: 2,
-                },
-            }),
-        );
+        let recovered = Event::Recovered(Recovered::default());
+        world.after_ms(0, Action::Event(recovered));
+        world.declare_workers();
         let count = 2 + world.random.below(4);
         for _ in 0..count {
             world.declare();
@@ -192,6 +215,7 @@ impl World {
             world.after_ms(delay, Action::NewClient);
         }
         world.after_ms(3_000, Action::Administrator);
+        world.after_ms(4_000, Action::Trouble);
         world
     }
 
@@ -201,13 +225,17 @@ impl World {
             self.step()?;
         }
         self.goes_wrong = false;
+        self.config.worker_silence = workers::CALM_SILENCE;
+        self.scheduler.state.config.worker_silence = workers::CALM_SILENCE;
         for function in 0..self.functions.len() {
             self.functions[function].is_active = true;
             self.functions[function].is_broken = false;
             self.functions[function].failures.0 = 0;
             self.functions[function].settings.definition_id = numbered(self.next_number + function as u64);
-            let event = self.activation(function);
-            self.after_ms(0, Action::Event(event));
+            if self.server == Server::Up {
+                let event = self.activation(function);
+                self.after_ms(0, Action::Event(event));
+            }
         }
         self.next_number += self.functions.len() as u64;
         let end = self.now + TIME_TO_REST;
@@ -226,8 +254,15 @@ impl World {
 
     /// What still moves, or waits for something.
     fn unrest(&self) -> Option<String> {
-        if self.server == Server::Down {
+        if self.server != Server::Up {
             return Some("the server is down".to_owned());
+        }
+        if let Some(worker) = self
+            .workers
+            .iter()
+            .find(|worker| worker.condition != workers::Condition::Up)
+        {
+            return Some(format!("{} is away", worker.id));
         }
         if let Some(input) = self.record.pending.keys().next() {
             return Some(format!("{input} is not finished"));
@@ -282,7 +317,12 @@ impl World {
         {
             let (_, (life, action)) = self.actions.pop_first().expect("the first action was just seen");
             self.now = at.max(self.now);
-            if life == self.life || matches!(action, Action::NewClient | Action::Administrator | Action::Client(..)) {
+            // What was on its way to or from a server that died never arrives.
+            let is_of_the_server = matches!(
+                action,
+                Action::Event(_) | Action::Ingress(..) | Action::WebNoted(_) | Action::Crash | Action::ReadRecord
+            );
+            if life == self.life || !is_of_the_server {
                 self.act(action)?;
             }
             is_wake = self.wake_at.is_some_and(|wake| wake <= self.now);
@@ -297,8 +337,19 @@ impl World {
         match action {
             Action::Event(event) => {
                 self.note(|| format!("{event:?}"));
+                if self.server == Server::Down {
+                    return Err(format!("somebody speaks to a dead server: {event:?}"));
+                }
                 if let Event::ContainerFailed { container_id, .. } = &event {
                     self.count_failure(*container_id);
+                }
+                if let Event::WorkerStarted { container_id } = &event {
+                    self.located.insert((self.life, *container_id));
+                }
+                if let Event::PollStarted { container_id, .. } = &event
+                    && let Some(container) = self.containers.get_mut(container_id)
+                {
+                    container.polled_in = Some(self.life);
                 }
                 self.events += 1;
                 self.batch.push(event);
@@ -308,7 +359,23 @@ impl World {
                 self.container_step(id, step);
                 Ok(())
             }
-            Action::WorkerSees { generation, entries } => self.worker_sees(generation, &entries),
+            Action::Worker(index, step) => self.worker_step(index, step),
+            Action::Trouble => {
+                if self.goes_wrong {
+                    self.make_trouble();
+                    let delay = 500 + u64::from(self.random.below(12_000));
+                    self.after_ms(delay, Action::Trouble);
+                }
+                Ok(())
+            }
+            Action::WebNoted(id) => {
+                self.record.web_ready(id, self.now);
+                Ok(())
+            }
+            Action::Crash => {
+                self.crash("when it was told to end");
+                Ok(())
+            }
             Action::Ingress(function, step) => {
                 self.ingress_step(function, step);
                 Ok(())
@@ -319,7 +386,9 @@ impl World {
             }
             Action::NewClient => {
                 if self.goes_wrong {
-                    self.new_client();
+                    if self.asks.len() + self.record.pending.len() < PATIENT_CLIENTS {
+                        self.new_client();
+                    }
                     let delay = 20 + u64::from(self.random.below(1_500));
                     self.after_ms(delay, Action::NewClient);
                 }
@@ -334,6 +403,10 @@ impl World {
                 Ok(())
             }
             Action::Restart => self.restart(),
+            Action::ReadRecord => {
+                self.read_record();
+                Ok(())
+            }
         }
     }
 

@@ -2,31 +2,54 @@
 
 use std::time::Duration;
 
-use ionian_domain::ContainerId;
 use ionian_domain::record::Write;
+use ionian_domain::{ContainerId, InputId};
 
 use super::containers::ContainerStep;
 use super::ingress::IngressStep;
+use super::workers::WorkerStep;
 use super::{Action, Server, World};
 use crate::Scheduler;
 use crate::event::Event;
-use crate::state::{InputState, Phase};
+use crate::journal::{self, Entry};
+use crate::state::Phase;
 use crate::tests::ids::numbered;
 use crate::tests::invariants::{self, Before};
 use crate::turn::{Command, Reply, Turn};
 
+/// Every so many turns what would be recovered is compared with what is.
+const RECOVERY_SAMPLE: usize = 16;
+/// Once nothing goes wrong any more, every so many turns the whole state is looked at.
+const CALM_SAMPLE: usize = 4;
+
 impl World {
     pub(super) fn turn(&mut self) -> Result<(), String> {
         let events = std::mem::take(&mut self.batch);
-        let mut before = Before::note(&self.scheduler.state, &events);
-        before.is_recovering =
+        let is_recovering =
             self.server == Server::Recovering && !events.iter().any(|e| matches!(e, Event::Recovered(_)));
+        let mut before = if is_recovering {
+            // Who speaks before the record was read is answered after it.
+            self.early.extend(events.iter().cloned());
+            Before::default()
+        } else if self.early.is_empty() {
+            Before::note(&self.scheduler.state, &events)
+        } else {
+            self.early.extend(events.iter().cloned());
+            Before::note(&self.scheduler.state, &std::mem::take(&mut self.early))
+        };
+        before.is_recovering = is_recovering;
+        before.is_cursory = !self.goes_wrong && self.turns % CALM_SAMPLE != 0;
         self.turns += 1;
         let next = &mut self.next_number;
+        let mut entry = self.journal.is_some().then(|| Entry::begin(self.now, &events));
         let turn = self.scheduler.handle(self.now, events, &mut || {
             *next += 1;
-            numbered(*next)
+            let id = numbered(*next);
+            entry.as_mut().map_or(id, |entry| entry.drew(id))
         });
+        if let (Some(journal), Some(entry)) = (&mut self.journal, entry) {
+            journal.extend(entry.end(&turn));
+        }
         self.wake_at = turn.wake_at;
         self.server = if before.is_recovering {
             Server::Recovering
@@ -42,6 +65,10 @@ impl World {
         self.record
             .commit(&turn.writes)
             .map_err(|sentence| format!("the record refuses a write: {sentence}"))?;
+        // Costs as much as the rest of the turn together.
+        if !before.is_recovering && self.turns % RECOVERY_SAMPLE == 0 {
+            invariants::recovery(&self.scheduler.state, &self.record, self.now)?;
+        }
         invariants::check(&self.scheduler.state, &self.record, self.now, &before, &turn)?;
         self.check_pauses(&turn)?;
         if crash == Some(true) {
@@ -69,6 +96,7 @@ impl World {
                     input_ids,
                 } => {
                     for input_id in input_ids {
+                        self.check_cancel(container_id, input_id)?;
                         let delay = 1 + u64::from(self.random.below(1_000));
                         self.after_ms(delay, Action::Container(container_id, ContainerStep::Cancel(input_id)));
                     }
@@ -77,6 +105,9 @@ impl World {
                     function_id,
                     container_id,
                 } => {
+                    self.check_web(container_id)?;
+                    let delay = u64::from(self.random.below(60));
+                    self.after_ms(delay, Action::WebNoted(container_id));
                     self.tell_ingress(function_id, IngressStep::Ready(container_id));
                 }
                 Command::WebDraining {
@@ -97,42 +128,37 @@ impl World {
             }
         }
         if turn.desired_changed {
-            self.generation += 1;
-            let entries = self.scheduler.desired();
-            let delay = 1 + u64::from(self.random.below(30));
-            self.after_ms(
-                delay,
-                Action::WorkerSees {
-                    generation: self.generation,
-                    entries,
-                },
-            );
+            self.tell_workers();
         }
         Ok(())
     }
 
-    /// The process dies, and its containers with it.
-    fn crash(&mut self, when: &str) {
+    /// The process dies. Its containers live on, and so do their workers.
+    pub(super) fn crash(&mut self, when: &str) {
         self.note(|| format!("the server dies {when}"));
         self.crashes += 1;
         self.life += 1;
         self.server = Server::Down;
         self.wake_at = None;
         self.batch.clear();
-        self.containers.clear();
-        self.polls.clear();
+        self.early.clear();
         self.ingress.clear();
+        self.containers_lose_the_server();
         self.repeat_unanswered();
-        let delay = u64::from(self.random.below(3_000));
+        let limit = if self.random.percent(80) { 3_000 } else { 40_000 };
+        let delay = u64::from(self.random.below(limit));
         self.after_ms(delay, Action::Restart);
     }
 
-    /// Recovers, and compares what came back with what the record holds.
+    /// Starts again: announces what may run, and reads the record a moment later.
     pub(super) fn restart(&mut self) -> Result<(), String> {
+        self.note(|| "the server starts".to_owned());
         self.server = Server::Recovering;
         self.generation = 0;
-        self.seen_generation = 0;
         self.scheduler = Scheduler::new(self.config.clone());
+        if let Some(journal) = &mut self.journal {
+            journal.extend(journal::opening(&self.config));
+        }
         self.scheduler.state.broken = self.broken;
         for function in 0..self.functions.len() {
             self.functions[function].failures.0 = 0;
@@ -141,49 +167,59 @@ impl World {
                 self.batch.push(event);
             }
         }
-        if self.random.percent(50) {
-            // Containers may start before the record is read.
-            let life = self.life;
-            self.turn()?;
-            if life != self.life {
-                return Ok(());
-            }
+        for index in 0..self.workers.len() {
+            let delay = u64::from(self.random.below(2_000));
+            self.after_ms(delay, Action::Worker(index, WorkerStep::Connect));
         }
-        let was = self.record.pending.clone();
-        let recovered = self.record.recovered();
-        self.note(|| "the server recovers".to_owned());
-        self.batch.push(Event::Recovered(recovered));
-        self.batch.push(Event::WorkerConnected {
-            worker_id: numbered(1),
-            capacity: ionian_domain::worker::WorkerCapacity {
-                cpu_millis: 2000,
-                memory_mib: 4096,
-                max_starting: 2,
-            },
-        });
+        if self.random.percent(50) {
+            self.read_record();
+        } else {
+            let delay = u64::from(self.random.below(1_500));
+            self.after_ms(delay, Action::ReadRecord);
+        }
         let life = self.life;
         self.turn()?;
-        if life != self.life {
-            return Ok(());
-        }
-        for (id, row) in was {
-            let Some(input) = self.scheduler.state.inputs.get(&id) else {
-                continue;
-            };
-            let waits = match input.state {
-                InputState::Queued | InputState::Delayed { .. } => true,
-                InputState::Running { .. } => false,
-            };
-            let attempt = if row.running.is_some() {
-                row.attempt.next()
-            } else {
-                row.attempt
-            };
-            if !waits || input.attempt != attempt || input.retries_used != row.retries_used {
-                return Err(format!("{id} came back as {input:?}, and was {row:?}"));
-            }
+        assert!(
+            life == self.life || self.server == Server::Down,
+            "only a crash begins a life"
+        );
+        Ok(())
+    }
+
+    pub(super) fn read_record(&mut self) {
+        self.note(|| "the server reads its record".to_owned());
+        self.batch.push(Event::Recovered(self.record.recovered()));
+    }
+
+    /// Requests are sent to containers of which it is known, in this life of the server, where they are.
+    fn check_web(&self, container_id: ContainerId) -> Result<(), String> {
+        let container = self.scheduler.state.containers.get(&container_id);
+        let is_unknown = container.is_some_and(|container| container.adopted.is_some())
+            && !self.located.contains(&(self.life, container_id));
+        if is_unknown {
+            return Err(format!("requests go to {container_id}, and nobody knows where that is"));
         }
         Ok(())
+    }
+
+    /// An attempt is not taken from a container that asked for work and never had it.
+    fn check_cancel(&self, container_id: ContainerId, input_id: InputId) -> Result<(), String> {
+        let state = &self.scheduler.state;
+        let attempt = state
+            .containers
+            .get(&container_id)
+            .and_then(|container| container.running.get(&input_id))
+            .map(|running| running.attempt);
+        let has_polled = self
+            .containers
+            .get(&container_id)
+            .is_some_and(|container| container.polled_in == Some(self.life));
+        match attempt {
+            Some(attempt) if has_polled && !self.received.contains(&(input_id, attempt)) => {
+                Err(format!("{input_id} was waited for, and {container_id} never got it"))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     pub(super) fn count_failure(&mut self, container_id: ContainerId) {

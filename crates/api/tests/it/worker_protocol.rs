@@ -1,8 +1,6 @@
 //! The worker protocol between its two real ends, over real connections: the gateway that the server has, and the
 //! link that `ionian worker` has. What is at either end of them is a stand-in.
 
-#![allow(clippy::unwrap_used, reason = "helpers of tests, which clippy does not see as tests")]
-
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
