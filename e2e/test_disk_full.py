@@ -30,6 +30,18 @@ import sys, modal
 print(*[modal.FunctionCall.from_id(call_id).get(timeout=90) for call_id in sys.argv[1:]])
 """
 
+# What is recorded as it is and not as a blob, and more than the database has room for without growing.
+SIZE = 1_900_000
+WEIGH = f"""
+import modal
+weigh = modal.Function.from_name("crash", "weigh")
+print(*[weigh.spawn(8.0, {SIZE}).object_id for _ in range(4)])
+"""
+GET_SIZES = """
+import sys, modal
+print(*[len(modal.FunctionCall.from_id(call_id).get(timeout=90)) for call_id in sys.argv[1:]])
+"""
+
 UPLOAD = """
 import modal
 try:
@@ -52,7 +64,8 @@ def small_platform(disk, start_platform, shared_images) -> Platform:
     return start_platform(data_dir=disk / "data")
 
 
-def fill(disk: Path) -> Path:
+@contextlib.contextmanager
+def filled(disk: Path) -> Iterator[None]:
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
@@ -60,7 +73,10 @@ def fill(disk: Path) -> Path:
                 while file.write(bytes(size)):
                     pass
     assert shutil.disk_usage(disk).free == 0
-    return filler
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 def test_callers_are_told_and_work_goes_on_by_itself(small_platform, disk, tmp_path_factory):
@@ -72,21 +88,20 @@ def test_callers_are_told_and_work_goes_on_by_itself(small_platform, disk, tmp_p
     acknowledged = [client.python(SPAWN, str(x)).stdout.strip() for x in (2, 3)]
     assert client.python(GET, *acknowledged).stdout.split() == ["4", "9"]
 
-    filler = fill(disk)
-    for _ in range(2):
-        refused = client.python(SPAWN, "4").stdout
+    with filled(disk):
+        for _ in range(2):
+            refused = client.python(SPAWN, "4").stdout
+            assert "disk is full" in refused, refused
+            assert str(platform.data_dir) in refused, refused
+        refused = client.modal("secret", "create", "late", "A=1", ok=False).words
         assert "disk is full" in refused, refused
         assert str(platform.data_dir) in refused, refused
-    refused = client.modal("secret", "create", "late", "A=1", ok=False).words
-    assert "disk is full" in refused, refused
-    assert str(platform.data_dir) in refused, refused
-    refused = client.python(UPLOAD).stdout
-    assert "disk is full" in refused, refused
-    # Reading goes on.
-    assert client.python(GET, *acknowledged).stdout.split() == ["4", "9"]
-    assert "calls" in client.modal("app", "list", "--json").stdout
+        refused = client.python(UPLOAD).stdout
+        assert "disk is full" in refused, refused
+        # Reading goes on.
+        assert client.python(GET, *acknowledged).stdout.split() == ["4", "9"]
+        assert "calls" in client.modal("app", "list", "--json").stdout
 
-    filler.unlink()
     wait_until(lambda: "the database takes writes again" in platform.log(), "the server to go on")
     call_id = client.python(SPAWN, "5").stdout.strip()
     assert call_id.startswith("fc-"), call_id
@@ -101,28 +116,26 @@ def test_results_wait_for_room(small_platform, disk, tmp_path_factory):
     platform.expect_error("a turn could not be recorded")
     platform.expect_error("log entries are lost")
     client = Client(platform, tmp_path_factory.mktemp("home"))
-    client.deploy("calls.py")
-    spawn = "import modal; print(modal.Function.from_name('calls', 'slow').spawn(3.0).object_id)"
-    call_id = client.python(spawn).stdout.strip()
-    wait_until(lambda: "ta-" in client.modal("container", "list", "--json").stdout, "the call to run")
-    filler = fill(disk)
-    wait_until(lambda: "a turn could not be recorded" in platform.log(), "the result to arrive")
-    filler.unlink()
-    assert client.python(GET, call_id).stdout.strip() == "done"
-    # Recorded, and not only told: it is there after a crash.
+    client.deploy("crash.py")
+    spawned = client.python(WEIGH).stdout.split()
+    client.wait_for_log("crash", "weighing")
+    with filled(disk):
+        wait_until(lambda: "a turn could not be recorded" in platform.log(), "the results to arrive", 60)
+    assert client.python(GET_SIZES, *spawned).stdout.split() == [str(SIZE)] * len(spawned)
+    # Recorded, and not only told: they are there after a crash.
     platform.kill()
     platform.start()
-    assert client.python(GET, call_id).stdout.strip() == "done"
+    assert client.python(GET_SIZES, *spawned).stdout.split() == [str(SIZE)] * len(spawned)
 
 
 def test_web_endpoints_need_no_disk(small_platform, disk, tmp_path_factory):
     platform = small_platform
+    platform.expect_error("a turn could not be recorded")
     platform.expect_error("log entries are lost")
     client = Client(platform, tmp_path_factory.mktemp("home"))
     url = client.deploy("fastapi_modal_app.py").url()
     assert web.get_json(f"{url}/healthz") == {"status": "ok"}
-    filler = fill(disk)
-    for _ in range(20):
-        assert web.get_json(f"{url}/healthz") == {"status": "ok"}
-    filler.unlink()
+    with filled(disk):
+        for _ in range(20):
+            assert web.get_json(f"{url}/healthz") == {"status": "ok"}
     assert web.get_json(f"{url}/healthz") == {"status": "ok"}

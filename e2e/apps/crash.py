@@ -39,6 +39,13 @@ def record(x: int) -> int:
     return x * x
 
 
+@app.function(max_containers=4)
+def weigh(seconds: float, size: int) -> bytes:
+    print("weighing")
+    time.sleep(seconds)
+    return bytes(size)
+
+
 @app.function(max_containers=1)
 def count(start: int, pause: float):
     for number in range(start):

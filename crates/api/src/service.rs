@@ -4,9 +4,10 @@
 //! may send this RPC. Handlers below decode, call one method of control and encode.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ionian_blobs::UrlSigner;
-use ionian_control::{Control, DISK_FULL};
+use ionian_control::{Caller, Control, DISK_FULL};
 use ionian_proto::client as pb;
 use pb::modal_client_server::{ModalClient, ModalClientServer};
 use tonic::body::Body;
@@ -19,10 +20,14 @@ use crate::client::{apps, blobs, calls, environments, functions, images, logs, m
 use crate::container::{data, inputs, lifecycle};
 use crate::context::{self, Context};
 use crate::coverage::Coverage;
+use crate::status;
 use crate::worker::{self, WorkerGateway};
 
 /// Context files, serialized closures and pages of results are this large at most.
 pub const MAX_MESSAGE_BYTES: usize = 128 * 1024 * 1024;
+
+/// How often a container asks again while the disk is full.
+const FULL_DISK_PAUSE: Duration = Duration::from_secs(1);
 
 const SERVICE_PREFIX: &str = "/modal.client.ModalClient/";
 
@@ -99,13 +104,21 @@ impl Api {
         }
     }
 
-    /// Says which directory is on the disk that is full.
-    fn name_full_disk(&self, status: Status) -> Status {
-        if status.code() == Code::ResourceExhausted && status.message() == DISK_FULL {
-            let dir = self.control.data_dir().display();
-            return Status::resource_exhausted(format!("{DISK_FULL} in its data directory {dir}"));
+    /// Says which directory is on the disk that is full. A container comes back until there is room: what it
+    /// has to say, such as a result, would be lost otherwise.
+    fn explain_full_disk(&self, context: &Context, status: &Status) -> Option<Status> {
+        if status.code() != Code::ResourceExhausted || status.message() != DISK_FULL {
+            return None;
         }
-        status
+        let dir = self.control.data_dir().display();
+        let explained = Status::resource_exhausted(format!(
+            "{DISK_FULL}: nothing can be kept in {dir}; ask the server's operator to make room there, after which \
+             everything goes on by itself"
+        ));
+        Some(match &context.caller {
+            Caller::Client { .. } => explained,
+            Caller::Container { .. } => status::retry_after(&explained, FULL_DISK_PAUSE),
+        })
     }
 
     /// The address by which the sender reached us is the one that its URLs must have.
@@ -147,7 +160,7 @@ macro_rules! handlers {
                 async fn $method(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
                     let context = context(&request)?;
                     let answer = $handler(self, &context, request.into_inner()).await;
-                    answer.map(Response::new).map_err(|status| self.name_full_disk(status))
+                    answer.map(Response::new).map_err(|status| self.explain_full_disk(&context, &status).unwrap_or(status))
                 }
             )*
             $(
@@ -159,7 +172,7 @@ macro_rules! handlers {
                     let answer = $stream_handler(self, &context, request.into_inner()).await;
                     answer
                         .map(|stream| Response::new(stream as BoxStream<$item>))
-                        .map_err(|status| self.name_full_disk(status))
+                        .map_err(|status| self.explain_full_disk(&context, &status).unwrap_or(status))
                 }
             )*
         }

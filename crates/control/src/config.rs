@@ -27,6 +27,8 @@ pub struct ControlConfig {
     /// An ephemeral app whose client sends no heartbeat for this long is stopped. The client sends one
     /// every 15 s and gives up itself after some failures.
     pub client_heartbeat_timeout: Duration,
+    /// Where turns of the scheduler are noted, for diagnosis.
+    pub journal: Option<PathBuf>,
     /// What the worker in this process offers to containers; `None` where all workers are other processes.
     pub capacity: Option<WorkerCapacity>,
     pub scheduler: ionian_scheduler::Config,

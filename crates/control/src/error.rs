@@ -5,8 +5,8 @@ use std::fmt;
 use ionian_domain::ErrorKind;
 use ionian_scheduler::Refusal;
 
-/// What the disk that is full holds is said by whoever knows the data directory.
-pub const DISK_FULL: &str = "the server's disk is full; ask its operator to make room";
+/// The whole message of an error for which a full disk is the reason. `api` adds which directory it is.
+pub const DISK_FULL: &str = "the server's disk is full";
 
 /// A refused or failed use case. The message is for the user: it names the thing and says what to do.
 /// Causes that a user cannot act on are kept as the source, for the log.

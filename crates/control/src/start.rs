@@ -36,6 +36,7 @@ use crate::data_channel::DataChannels;
 use crate::dispatch::{ArgumentsFn, ArgumentsRequest};
 use crate::effects::{ContainersSnapshot, Effects, OutputsHub};
 use crate::error::Error;
+use crate::journal::{Journal, JournalError};
 use crate::logs::{LogError, Logs};
 use crate::seal::Sealer;
 use crate::sessions::Heartbeats;
@@ -89,6 +90,8 @@ pub enum StartError {
     Store(#[from] ionian_store::StoreError),
     #[error("cannot open the logs")]
     Logs(#[from] LogError),
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     #[error("cannot restore the recorded state")]
     Recovery(#[from] Error),
 }
@@ -169,6 +172,10 @@ impl Control {
             snapshot: snapshot_sender,
             notices,
         };
+        let journal = match &parts.config.journal {
+            Some(path) => Journal::open(path, &parts.config.scheduler)?,
+            None => Journal::default(),
+        };
         let scheduler = Scheduler::new(parts.config.scheduler.clone());
         let control = Self {
             inner: Arc::new(Inner {
@@ -210,6 +217,7 @@ impl Control {
                 store: parts.store,
                 effects,
                 trouble,
+                journal,
                 embedded_worker: control.config().capacity.map(|_| worker_id),
             },
             messages,

@@ -13,7 +13,7 @@ use ionian_domain::ErrorKind;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::error::Error;
+use crate::error::{DISK_FULL, Error};
 
 /// How long callers wait silently: a disk that stalls is not a disk that is full.
 const SILENT_WAIT: Duration = Duration::from_secs(3);
@@ -40,14 +40,10 @@ impl Trouble {
         }
     }
 
-    /// A commit failed. Tells whether it is the first one.
+    /// A commit failed. Tells whether it is the first one, or fails for another reason than the one before.
     pub(crate) fn begin(&self, is_full: bool) -> bool {
         self.since.send_if_modified(|since| match since {
-            // What began as another failure may turn out to be a full disk.
-            Some(known) => {
-                known.is_full = is_full;
-                false
-            }
+            Some(known) => std::mem::replace(&mut known.is_full, is_full) != is_full,
             None => {
                 *since = Some(Since {
                     at: Instant::now(),
@@ -89,21 +85,14 @@ impl Trouble {
     }
 
     fn error(&self, since: Since) -> Error {
-        let dir = self.data_dir.display();
         if since.is_full {
-            Error::new(
-                ErrorKind::Exhausted,
-                format!(
-                    "the server's disk is full: nothing can be recorded in {dir}; ask its operator to make room \
-                     there, after which it goes on by itself"
-                ),
-            )
-        } else {
-            Error::new(
-                ErrorKind::Unavailable,
-                format!("the server cannot write to its database in {dir}, and keeps trying; its log says why"),
-            )
+            return Error::new(ErrorKind::Exhausted, DISK_FULL);
         }
+        let dir = self.data_dir.display();
+        Error::new(
+            ErrorKind::Unavailable,
+            format!("the server cannot write to its database in {dir}, and keeps trying; its log says why"),
+        )
     }
 }
 
@@ -115,6 +104,8 @@ mod tests {
     async fn callers_are_told_of_lasting_trouble_only() {
         let trouble = Trouble::new(Path::new("/data"));
         assert!(trouble.begin(false));
+        assert!(!trouble.begin(false));
+        assert!(trouble.begin(true));
         assert!(!trouble.begin(true));
         trouble.check().unwrap();
         let told = tokio::spawn({
@@ -124,7 +115,7 @@ mod tests {
         tokio::time::sleep(SILENT_WAIT).await;
         let error = told.await.unwrap();
         assert_eq!(error.kind(), ErrorKind::Exhausted);
-        assert!(error.message().contains("/data"), "{error}");
+        assert_eq!(error.message(), DISK_FULL);
         assert_eq!(trouble.check().unwrap_err().message(), error.message());
         assert!(trouble.end());
         assert!(!trouble.end());

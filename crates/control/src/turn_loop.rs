@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::effects::Effects;
 use crate::error::{Error, Result};
+use crate::journal::Journal;
 use crate::trouble::Trouble;
 
 /// Events that wait for a turn. Senders wait beyond it, which slows callers instead of growing memory.
@@ -256,6 +257,7 @@ pub(crate) struct TurnLoop {
     pub store: Store,
     pub effects: Effects,
     pub trouble: Trouble,
+    pub journal: Journal,
     pub embedded_worker: Option<WorkerId>,
 }
 
@@ -266,6 +268,7 @@ pub(crate) async fn run(
         store,
         effects,
         trouble,
+        mut journal,
         embedded_worker,
     }: TurnLoop,
     TurnReceiver(mut messages): TurnReceiver,
@@ -326,7 +329,13 @@ pub(crate) async fn run(
                 _ => None,
             })
             .collect();
-        let turn = scheduler.handle(Timestamp::now(), events, &mut ContainerId::generate);
+        let now = Timestamp::now();
+        let mut entry = journal.begin(now, &events);
+        let turn = scheduler.handle(now, events, &mut || {
+            let id = ContainerId::generate();
+            entry.as_mut().map_or(id, |entry| entry.drew(id))
+        });
+        let line = entry.map(|entry| entry.end(&turn));
         let Turn {
             writes,
             replies: answers,
@@ -337,6 +346,9 @@ pub(crate) async fn run(
         wake_at = next;
         if !commit(&store, writes, &trouble, &cancel).await {
             return;
+        }
+        if let Some(line) = line {
+            journal.write(line);
         }
         for answer in answers {
             undelivered.extend(release(answer, &mut replies, &mut polls));

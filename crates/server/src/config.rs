@@ -40,6 +40,7 @@ pub(crate) struct Config {
     pub scaledown_window: Duration,
     pub ca_bundle: String,
     pub trust_env: Vec<(String, String)>,
+    pub journal: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -68,6 +69,7 @@ impl Default for Config {
             scaledown_window: Duration::from_mins(1),
             ca_bundle: "auto".to_owned(),
             trust_env: Vec::new(),
+            journal: None,
         }
     }
 }

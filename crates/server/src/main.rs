@@ -6,6 +6,7 @@ mod host;
 mod keys;
 mod logging;
 mod reap;
+mod replay;
 mod serve;
 mod settings;
 mod token;
@@ -69,6 +70,9 @@ enum Command {
         #[command(flatten)]
         source: Source,
     },
+    /// Run a journal of the scheduler (the setting `debug.journal`) through this version's scheduler, and
+    /// compare what it decides.
+    Replay { journal: PathBuf },
     /// Print a configuration file with every key, its default and what it means.
     Config,
 }
@@ -173,6 +177,7 @@ fn run(command: Command) -> anyhow::Result<()> {
             logging::start(&config.log);
             runtime()?.block_on(reap::run(&config))
         }
+        Command::Replay { journal } => replay::run(&journal),
         Command::Config => {
             settings::print_documented();
             Ok(())

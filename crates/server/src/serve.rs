@@ -225,6 +225,7 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         data_dir: config.data_dir.clone(),
         default_scaledown_window: config.scaledown_window,
         client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
+        journal: config.journal.clone(),
         capacity: config.embedded_worker.then(|| capacity(config)),
         scheduler: ionian_scheduler::Config::default(),
     }

@@ -317,6 +317,16 @@ pub(crate) const SETTINGS: &[Setting] = &[
             Ok(())
         },
     ),
+    setting(
+        "debug",
+        "journal",
+        "\"\"",
+        "A file for what the scheduler was told and decided, one line per turn; `ionian replay` runs it again.",
+        |config, text| {
+            config.journal = (!text.is_empty()).then(|| PathBuf::from(text));
+            Ok(())
+        },
+    ),
 ];
 
 /// Values of a list are separated by commas in the environment.

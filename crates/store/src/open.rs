@@ -6,6 +6,8 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use sqlx::Connection as _;
+use sqlx::SqliteConnection;
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 
@@ -60,6 +62,7 @@ pub(crate) async fn open(path: &Path) -> Result<(SqlitePool, SqlitePool), Failur
     let writer = pool_options(1)
         // Opened now, and kept: closing the last connection removes the write-ahead log.
         .min_connections(1)
+        .after_release(|connection, _| Box::pin(is_usable(connection)))
         .connect_with(
             base.clone()
                 .journal_mode(SqliteJournalMode::Wal)
@@ -82,6 +85,17 @@ pub(crate) async fn open(path: &Path) -> Result<(SqlitePool, SqlitePool), Failur
 
     let readers = pool_options(READERS).connect_lazy_with(base.pragma("query_only", "ON"));
     Ok((writer, readers))
+}
+
+/// Whether a connection can begin another transaction. `SQLite` rolls back by itself on some errors, a full disk
+/// among them; sqlx then cannot, and believes for ever that it is in a transaction.
+async fn is_usable(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    if !connection.is_in_transaction() {
+        return Ok(true);
+    }
+    // A rollback that was asked for when the transaction was dropped comes before this.
+    connection.ping().await?;
+    Ok(!connection.is_in_transaction())
 }
 
 fn pool_options(connections: u32) -> SqlitePoolOptions {

@@ -124,7 +124,10 @@ impl Refusal {
                 error = &error as &dyn Error,
                 "a blob could not be stored: the disk is full"
             );
-            return Self::new(StatusCode::INSUFFICIENT_STORAGE, DISK_FULL);
+            return Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                format!("{DISK_FULL}; ask its operator to make room"),
+            );
         }
         Self::internal(error)
     }

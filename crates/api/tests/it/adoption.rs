@@ -167,21 +167,11 @@ async fn a_generator_begins_anew() {
     adopted(&platform, container.id).await;
     let container = platform.survivor(container.id);
     // What it yields now would leave a gap after what was in the old server's memory.
-    let answer = container
-        .client
-        .clone()
-        .function_call_put_data_out(yields(&input.function_call_id));
-    assert_refused(within(answer).await, Code::FailedPrecondition, "runs in this container");
-    let heartbeat = container
-        .client
-        .clone()
-        .container_heartbeat(pb::ContainerHeartbeatRequest::default());
-    let told = within(heartbeat)
-        .await
-        .unwrap()
-        .into_inner()
-        .cancel_input_event
-        .unwrap();
+    let mut client = container.client.clone();
+    let answer = within(client.function_call_put_data_out(yields(&input.function_call_id))).await;
+    assert_refused(answer, Code::FailedPrecondition, "runs in this container");
+    let told = within(client.container_heartbeat(pb::ContainerHeartbeatRequest::default())).await;
+    let told = told.unwrap().into_inner().cancel_input_event.unwrap();
     assert_eq!(told.input_ids, [input.input_id.as_str()]);
     let again = container.next().await;
     assert_eq!((again.input_id, again.retry_count), (input.input_id, 1));

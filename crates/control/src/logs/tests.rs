@@ -211,3 +211,22 @@ async fn entries_that_are_too_old_are_removed() {
     Logs::open(dir.path().to_owned()).unwrap().sweep().await;
     assert!(!app_dir.exists());
 }
+
+#[tokio::test]
+async fn entries_that_could_not_be_written_leave_the_others_in_their_places() {
+    let (dir, app, logs) = opened();
+    let large = "x".repeat(usize::try_from(segments::SEGMENT_BYTES).unwrap());
+    logs.append(vec![entry(app, &large)]).await;
+    // The next segment will be a file on a disk that is full.
+    let next = dir.path().join(app.to_string()).join(format!("{:020}.jsonl", 2));
+    std::os::unix::fs::symlink("/dev/full", &next).unwrap();
+    logs.append(vec![entry(app, "lost\n")]).await;
+    std::fs::remove_file(&next).unwrap();
+    logs.append(vec![entry(app, "three\n")]).await;
+    // Followers have seen the lost one; its number is not given again.
+    let (page, ..) = logs.after(app, 1, &all()).await;
+    assert_eq!(texts(&page), ["lost\n", "three\n"]);
+    let reopened = Logs::open(dir.path().to_owned()).unwrap();
+    let (page, ..) = reopened.after(app, 1, &all()).await;
+    assert_eq!((numbers(&page), texts(&page)), (vec![3], vec!["three\n"]));
+}

@@ -82,3 +82,48 @@ async fn a_killed_process_loses_no_acknowledged_turn() {
     }
     assert!(all_acknowledged.len() >= 48);
 }
+
+/// `max_page_count` is a disk that is full, as far as `SQLite` can tell.
+#[tokio::test]
+async fn a_full_disk_loses_nothing_and_is_only_full_for_a_while() {
+    let test = super::TestStore::open().await;
+    let limit = async |pages: u32| {
+        sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {pages}")))
+            .execute(&test.store.writer)
+            .await
+            .unwrap();
+    };
+    let known = call(CallKind::Map, at(1));
+    test.store
+        .calls()
+        .commit(call_with_inputs(&known, &new_inputs(1)), &[])
+        .await
+        .unwrap();
+    limit(1).await;
+    let new = call(CallKind::Map, at(2));
+    // Several times: the first failure must not leave a connection that can never write again.
+    for _ in 0..3 {
+        let refused = test
+            .store
+            .calls()
+            .commit(call_with_inputs(&new, &new_inputs(500)), &[])
+            .await
+            .unwrap_err();
+        assert_eq!(
+            refused.kind(),
+            ionian_domain::ErrorKind::Exhausted,
+            "{refused}: {:?}",
+            refused.source
+        );
+        // A connection that was opened anew knows of no limit.
+        limit(1).await;
+    }
+    assert!(test.store.calls().call_summary(known.id).await.unwrap().is_some());
+    assert!(test.store.calls().call_summary(new.id).await.unwrap().is_none());
+    limit(1 << 20).await;
+    test.store
+        .calls()
+        .commit(call_with_inputs(&new, &new_inputs(500)), &[])
+        .await
+        .unwrap();
+}

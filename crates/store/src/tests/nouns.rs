@@ -5,12 +5,17 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use ionian_domain::ErrorKind;
 use ionian_domain::app::AppState;
-use ionian_domain::ids::{AppId, EnvironmentId, FunctionId, ImageId, MountId, SecretId, TokenId};
+use ionian_domain::container::ContainerExit;
+use ionian_domain::ids::{
+    AppId, ContainerId, DefinitionId, EnvironmentId, FunctionId, ImageId, MountId, SecretId, TokenId, WorkerId,
+};
 use ionian_domain::image::{
     BuiltImage, ContextFile, Image, ImageConfig, ImageMetadata, ImageSpec, ImageState, RegistryAuth,
 };
 use ionian_domain::mount::{Mount, MountFile};
+use ionian_domain::record::Write;
 use ionian_domain::secret::Secret;
+use ionian_domain::web::AnnouncedEndpoint;
 
 use super::{TestStore, app, at, environment};
 use crate::idempotency::IdempotencyRecord;
@@ -332,4 +337,49 @@ async fn facts_and_answers() {
     assert_eq!(idempotency.recall("k", "A").await.unwrap(), None);
     assert_eq!(idempotency.recall("k", "B").await.unwrap().unwrap().as_ref(), b"2");
     assert_eq!(idempotency.sweep(at(3), 10).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn web_endpoints_of_live_containers() {
+    let mut test = TestStore::open().await;
+    let (live, ended) = (ContainerId::generate(), ContainerId::generate());
+    let created = |container_id| Write::ContainerCreated {
+        container_id,
+        worker_id: WorkerId::generate(),
+        app_id: AppId::generate(),
+        function_id: FunctionId::generate(),
+        definition_id: DefinitionId::generate(),
+        at: at(1),
+    };
+    let writes = vec![
+        created(live),
+        created(ended),
+        Write::ContainerEnded {
+            container_id: ended,
+            exit: ContainerExit::Lost,
+            at: at(2),
+        },
+    ];
+    test.store.calls().commit(writes, &[]).await.unwrap();
+    let endpoints = vec![
+        AnnouncedEndpoint { method: None, port: 1 },
+        AnnouncedEndpoint {
+            method: Some("m".to_owned()),
+            port: 65_535,
+        },
+    ];
+    assert!(test.store.containers().live_web_endpoints().await.unwrap().is_empty());
+    for id in [live, ended, ContainerId::generate()] {
+        test.store
+            .containers()
+            .note_web_endpoints(id, &endpoints, at(3))
+            .await
+            .unwrap();
+    }
+    test.reopen().await;
+    let noted = test.store.containers().live_web_endpoints().await.unwrap();
+    assert_eq!(noted, [(live, endpoints)].into());
+    let pending = test.store.calls().load_pending().await.unwrap().containers;
+    assert_eq!(pending.len(), 1);
+    assert_eq!(pending[0].web_ready_at, Some(at(3)));
 }

@@ -188,6 +188,7 @@ fn config(dir: &Path) -> ControlConfig {
         data_dir: dir.to_owned(),
         default_scaledown_window: Duration::from_mins(1),
         client_heartbeat_timeout: Duration::from_mins(1),
+        journal: None,
         capacity: Some(WorkerCapacity {
             cpu_millis: 64_000,
             memory_mib: 64_000,
