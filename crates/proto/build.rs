@@ -27,6 +27,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .build_client(true)
         .build_server(true)
+        // Its `connect` would be in the way of an RPC of that name; channels are made by their users.
+        .build_transport(false)
         // A method that the server does not override answers UNIMPLEMENTED.
         .generate_default_stubs(true)
         // Sorted maps: the same message always has the same bytes, and images are keyed by them.

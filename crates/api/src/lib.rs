@@ -1,7 +1,8 @@
 //! gRPC in, domain out: the service that the official clients and the official runtime speak to.
 //!
 //! [`Api::call`] answers gRPC requests; [`http_router`] the HTTP requests of the platform itself (blob
-//! transfer, announcements of web hooks). The listener and its connections belong to `ingress`.
+//! transfer, announcements of web hooks). A [`WorkerGateway`] takes workers in that are processes of their own.
+//! The listener and its connections belong to `ingress`.
 
 #![allow(
     clippy::unused_async,
@@ -19,6 +20,7 @@ mod encode;
 mod request_body;
 mod service;
 mod status;
+mod worker;
 
 use axum::Router;
 use axum::routing::{get, post};
@@ -27,6 +29,7 @@ use ionian_control::Control;
 
 pub use arguments::encode as encode_container_arguments;
 pub use service::{Api, MAX_MESSAGE_BYTES};
+pub use worker::{JoinTokens, RemoteBuilds, WorkerGateway, WorkerHost, WorkerTimes};
 
 /// An announcement names a class's web methods; nothing else is sent to these paths.
 const MAX_BODY_BYTES: usize = 1024 * 1024;

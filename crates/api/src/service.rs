@@ -22,6 +22,7 @@ use crate::context::{self, Context};
 use crate::coverage::Coverage;
 use crate::request_body::{BoundedBody, Held, MemoryBudgets};
 use crate::status;
+use crate::worker::{self, WorkerGateway};
 
 /// Context files, serialized closures and pages of results are this large at most.
 pub const MAX_MESSAGE_BYTES: usize = 128 * 1024 * 1024;
@@ -39,6 +40,8 @@ pub struct Api {
     coverage: Arc<Coverage>,
     scheme: &'static str,
     budgets: MemoryBudgets,
+    /// Where workers may connect, too.
+    workers: Option<WorkerGateway>,
 }
 
 impl std::fmt::Debug for Api {
@@ -56,7 +59,15 @@ impl Api {
             coverage: Arc::new(Coverage::load()),
             scheme,
             budgets: MemoryBudgets::default(),
+            workers: None,
         }
+    }
+
+    /// Takes workers in as well. For listeners that containers do not reach.
+    #[must_use]
+    pub fn with_workers(mut self, workers: WorkerGateway) -> Self {
+        self.workers = Some(workers);
+        self
     }
 
     /// Answers one gRPC request.
@@ -65,6 +76,11 @@ impl Api {
         B: http_body::Body<Data = bytes::Bytes> + Send + Unpin + 'static,
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>> + Send + 'static,
     {
+        if let Some(workers) = &self.workers
+            && request.uri().path().starts_with(worker::SERVICE_PREFIX)
+        {
+            return workers.call(request).await;
+        }
         let Some(rpc) = request.uri().path().strip_prefix(SERVICE_PREFIX).map(str::to_owned) else {
             let path: String = request.uri().path().chars().take(120).collect();
             return Status::unimplemented(format!("{path} is not a service of this server")).into_http();

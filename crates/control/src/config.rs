@@ -29,8 +29,8 @@ pub struct ControlConfig {
     pub client_heartbeat_timeout: Duration,
     /// Where turns of the scheduler are noted, for diagnosis.
     pub journal: Option<PathBuf>,
-    /// What this host offers to containers.
-    pub capacity: WorkerCapacity,
+    /// What the worker in this process offers to containers; `None` where all workers are other processes.
+    pub capacity: Option<WorkerCapacity>,
     pub scheduler: ionian_scheduler::Config,
 }
 

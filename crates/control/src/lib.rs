@@ -23,6 +23,7 @@ mod sweep;
 mod trouble;
 pub mod turn_loop;
 pub mod web;
+pub mod workers;
 
 pub use app::images::{BuildFailure, BuildFn, BuildJob};
 pub use caller::Caller;

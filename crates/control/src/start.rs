@@ -43,6 +43,7 @@ use crate::sessions::Heartbeats;
 use crate::trouble::Trouble;
 use crate::turn_loop::{self, TurnHandle, TurnLoop};
 use crate::web::{DemandReport, DemandSender, RequestLog, RouteTable, WebLink};
+use crate::workers::{WorkerLinks, Workers};
 use crate::{BuildFn, ControlConfig, dispatch, notices, sweep};
 
 /// Events for the ingress; it drains them at once, and control waits where it does not.
@@ -111,6 +112,7 @@ struct Inner {
     data_channels: DataChannels,
     snapshot: watch::Receiver<ContainersSnapshot>,
     web_notes: mpsc::Sender<WebNote>,
+    worker_links: WorkerLinks,
     logs: Logs,
     builds: Builds,
     /// These three are held while the database is read and written, and for nothing that takes longer.
@@ -192,6 +194,7 @@ impl Control {
                 data_channels: data_channels.clone(),
                 snapshot,
                 web_notes,
+                worker_links: WorkerLinks::new(entries.clone(), reports.clone()),
                 logs,
                 builds: Builds::new(build_logs),
                 images_turn: tokio::sync::Mutex::default(),
@@ -215,7 +218,7 @@ impl Control {
                 effects,
                 trouble,
                 journal,
-                embedded_worker: worker_id,
+                embedded_worker: control.config().capacity.map(|_| worker_id),
             },
             messages,
             parts.cancel.clone(),
@@ -287,8 +290,9 @@ impl Control {
         );
         self.turn().tell(Event::Recovered(recovered)).await?;
         self.begin_anew(interrupted).await?;
-        let capacity = self.config().capacity;
-        self.turn().tell(Event::WorkerConnected { worker_id, capacity }).await?;
+        if let Some(capacity) = self.config().capacity {
+            self.turn().tell(Event::WorkerConnected { worker_id, capacity }).await?;
+        }
         self.republish_routes().await?;
         tracing::info!(calls, inputs, containers, worker = %worker_id, "recorded state restored");
         Ok(())
@@ -361,6 +365,10 @@ impl Control {
         Tasks(self)
     }
 
+    pub fn workers(&self) -> Workers<'_> {
+        Workers(self)
+    }
+
     pub fn tokens(&self) -> Tokens<'_> {
         Tokens(self)
     }
@@ -400,6 +408,10 @@ impl Control {
 
     pub(crate) fn web_notes(&self) -> &mpsc::Sender<WebNote> {
         &self.inner.web_notes
+    }
+
+    pub(crate) fn worker_links(&self) -> &WorkerLinks {
+        &self.inner.worker_links
     }
 
     pub(crate) fn turn(&self) -> &TurnHandle {

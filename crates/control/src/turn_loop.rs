@@ -258,7 +258,7 @@ pub(crate) struct TurnLoop {
     pub effects: Effects,
     pub trouble: Trouble,
     pub journal: Journal,
-    pub embedded_worker: WorkerId,
+    pub embedded_worker: Option<WorkerId>,
 }
 
 /// Runs turns until cancelled and drained.
@@ -299,11 +299,11 @@ pub(crate) async fn run(
             return;
         }
         let mut events = std::mem::take(&mut undelivered);
-        if worker_heard.elapsed() >= WORKER_HEARD_PERIOD {
+        if let Some(worker_id) = embedded_worker
+            && worker_heard.elapsed() >= WORKER_HEARD_PERIOD
+        {
             worker_heard = Instant::now();
-            events.push(Event::WorkerHeard {
-                worker_id: embedded_worker,
-            });
+            events.push(Event::WorkerHeard { worker_id });
         }
         let mut inspections = Vec::new();
         for message in batch.drain(..) {

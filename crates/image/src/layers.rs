@@ -177,6 +177,24 @@ impl LayerStore {
         Ok(record)
     }
 
+    /// The keys of all layers that are here. Reads a small file for each.
+    pub fn keys(&self) -> Result<Vec<String>, LayerError> {
+        let dir = self.inner.root.join("l");
+        let mut keys = Vec::new();
+        for entry in fs::read_dir(&dir).map_err(|source| io_error("list", &dir, source))? {
+            let path = entry
+                .map_err(|source| io_error("list", &dir, source))?
+                .path()
+                .join("layer.json");
+            // A layer that is being made, or removed, has no record.
+            let Ok(text) = fs::read(&path) else { continue };
+            let record: LayerRecord =
+                serde_json::from_slice(&text).map_err(|source| LayerError::Record { path, source })?;
+            keys.push(record.key);
+        }
+        Ok(keys)
+    }
+
     /// Waits for whoever makes the same layer, in this process or in another, then says whether it exists.
     ///
     /// A caller that stops waiting (its future is dropped) leaves nothing behind.

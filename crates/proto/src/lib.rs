@@ -1,7 +1,7 @@
 //! The messages that travel between the client, the server and its containers, generated from the `.proto` files
 //! of this crate.
 //!
-//! The files are ours: names, types and numbers are what the official client uses, and a test compares them with the
+//! The files of `modal.client` are ours: names, types and numbers are what the official client uses, and a test compares them with the
 //! descriptors inside the installed client packages (`e2e/test_protocol_schema.py`). They hold what this server uses
 //! and every field of it, because declarations are sent back to the client and handed to containers: a field that
 //! was missing here would be lost on the way.
@@ -23,6 +23,18 @@
 )]
 pub mod client {
     tonic::include_proto!("modal.client");
+}
+
+/// The `ionian.worker.v1` package: what the control process and a worker of its own say to each other.
+#[allow(
+    clippy::all,
+    clippy::pedantic,
+    unreachable_pub,
+    rustdoc::all,
+    reason = "generated code"
+)]
+pub mod worker {
+    tonic::include_proto!("ionian.worker.v1");
 }
 
 /// The encoded `google.protobuf.FileDescriptorSet` of everything in this crate, without comments.
@@ -56,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn the_descriptors_hold_the_service_and_no_comments() {
+    fn the_descriptors_hold_the_services_and_no_comments() {
         let set = prost_types::FileDescriptorSet::decode(crate::FILE_DESCRIPTOR_SET).unwrap();
         let services: Vec<&str> = set
             .file
@@ -64,7 +76,7 @@ mod tests {
             .flat_map(|file| &file.service)
             .map(prost_types::ServiceDescriptorProto::name)
             .collect();
-        assert_eq!(services, ["ModalClient"]);
+        assert_eq!(services, ["Workers", "ModalClient"]);
         assert!(set.file.iter().all(|file| file.source_code_info.is_none()));
     }
 }

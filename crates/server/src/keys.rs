@@ -20,6 +20,8 @@ pub(crate) struct Keys {
     pub urls: [u8; KEY_LENGTH],
     /// Signs container credentials.
     pub containers: [u8; KEY_LENGTH],
+    /// Signs join tokens of workers.
+    pub workers: [u8; KEY_LENGTH],
 }
 
 impl Keys {
@@ -38,6 +40,7 @@ impl Keys {
             secret,
             urls: derive(&signing, "blob urls"),
             containers: derive(&signing, "container credentials"),
+            workers: derive(&signing, "worker join tokens"),
         })
     }
 }

@@ -11,6 +11,7 @@ mod serve;
 mod settings;
 mod token;
 mod uninstall;
+mod worker_command;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,6 +40,21 @@ enum Command {
         /// Address and port of the one listener; port 0 lets the system choose.
         #[arg(long, value_name = "ADDR:PORT")]
         listen: Option<String>,
+    },
+    /// Run containers for a server that is another process.
+    Worker {
+        /// Configuration file; see `ionian config`.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Where the worker keeps its data; not the server's directory.
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+        /// The server, as in http://127.0.0.1:8800.
+        #[arg(long, value_name = "URL")]
+        server: String,
+        /// A file with a join token; see `ionian token new --worker`.
+        #[arg(long, value_name = "FILE")]
+        join_token_file: PathBuf,
     },
     /// API tokens, for clients.
     Token {
@@ -78,6 +94,9 @@ enum TokenCommand {
         source: Source,
         #[arg(long, default_value = "")]
         name: String,
+        /// A token for `ionian worker` to join with, in place of one for clients.
+        #[arg(long, conflicts_with = "name")]
+        worker: bool,
     },
     /// List tokens, without their secrets.
     List {
@@ -135,9 +154,26 @@ fn run(command: Command) -> anyhow::Result<()> {
             logging::start(&config.log);
             runtime()?.block_on(serve::run(config))
         }
+        Command::Worker {
+            config,
+            data_dir,
+            server,
+            join_token_file,
+        } => {
+            let config = Config::load(config.as_deref(), Some(&data_dir))?;
+            logging::start(&config.log);
+            runtime()?.block_on(worker_command::run(config, server, &join_token_file))
+        }
         Command::Token {
-            command: TokenCommand::New { source, name },
-        } => runtime()?.block_on(token::new(&source.load()?, &name)),
+            command: TokenCommand::New { source, name, worker },
+        } => {
+            let config = source.load()?;
+            if worker {
+                runtime()?.block_on(token::new_worker(&config))
+            } else {
+                runtime()?.block_on(token::new(&config, &name))
+            }
+        }
         Command::Token {
             command: TokenCommand::List { source },
         } => runtime()?.block_on(token::list(&source.load()?)),

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use ionian_api::{Api, encode_container_arguments, http_router};
+use ionian_api::{Api, JoinTokens, RemoteBuilds, WorkerGateway, WorkerTimes, encode_container_arguments, http_router};
 use ionian_blobs::UrlSigner;
 use ionian_container::config::ContainerConfig;
+use ionian_container::network::Network;
 use ionian_container::{ProcessRuntime, RuncRuntime, Runtime};
+use ionian_control::app::images::PresentFn;
 use ionian_control::{Control, ControlConfig, Parts, Started};
 use ionian_domain::container::RuntimeKind;
 use ionian_domain::worker::WorkerCapacity;
@@ -28,8 +30,8 @@ use crate::keys::Keys;
 use crate::{host, token};
 
 mod build;
-mod listeners;
-mod platform;
+pub(crate) mod listeners;
+pub(crate) mod platform;
 
 /// How long containers have to end after the last request.
 const CONTAINERS_END: Duration = Duration::from_secs(15);
@@ -57,29 +59,32 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .local_addr()?
         .port();
 
-    let runtime: Arc<dyn Runtime> = match config.runtime {
-        RuntimeKind::Runc => Arc::new(
-            RuncRuntime::open(container_config(&config))
-                .await
-                .context("cannot use the runc runtime; `ionian doctor` tells what is missing")?,
-        ),
-        RuntimeKind::Process => {
-            tracing::warn!("the process runtime isolates nothing: run only code that you trust");
-            Arc::new(ProcessRuntime::new())
-        }
-        RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
+    let runtime = match config.embedded_worker {
+        true => Some(open_runtime(&config).await?),
+        false => None,
     };
-    let gateway = runtime.network().map(ionian_container::Network::gateway);
-    let container_listener = listeners::for_containers(&store, gateway).await?;
-    if let Some(network) = runtime.network() {
+    let network = runtime.as_ref().and_then(|runtime| runtime.network());
+    // Without containers of our own, workers carry their containers' connections to loopback.
+    let container_listener = listeners::for_containers(&store, network.map(Network::gateway)).await?;
+    if let Some(network) = network {
         network.allow_host_port(container_listener.local_addr()?.port()).await?;
     }
+    let containers_address = container_listener.local_addr()?.to_string();
     let container_server_url = format!("http://{}", container_listener.local_addr()?);
 
     let cancel = CancellationToken::new();
-    let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
-    let parts = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content.clone()).await?;
-    let builder = parts.builder.clone();
+    let remote_builds = RemoteBuilds::default();
+    let (build, layers_present, embedded) = match &runtime {
+        Some(runtime) => {
+            let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
+            let local = platform::Content::local(content.clone());
+            let parts = platform::worker(&config, Arc::clone(runtime), layers.clone(), local).await?;
+            let build = build::build_fn(parts.builder.clone());
+            let present: PresentFn = Arc::new(move |image| image.layers.iter().all(|key| layers.contains(key)));
+            (build, present, Some(parts))
+        }
+        None => (remote_builds.build_fn(), remote_builds.present_fn(), None),
+    };
     let (scheme, port) = config
         .public
         .clone()
@@ -87,12 +92,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     let started = Control::start(Parts {
         config: control_config(&config, scheme, port, container_server_url),
         store: store.clone(),
-        content,
+        content: content.clone(),
         blobs,
         secret_key: keys.secret,
         container_key: keys.containers,
-        build: build::build_fn(builder),
-        layers_present: Arc::new(move |image| image.layers.iter().all(|key| layers.contains(key))),
+        build,
+        layers_present,
         encode_arguments: Arc::new(encode_container_arguments),
         cancel: cancel.clone(),
     })
@@ -105,7 +110,24 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         reports,
         mut essential,
     } = started;
-    let mut worker = tokio::spawn(parts.worker(&control)?.run(desired, reports, cancel.clone()));
+    let workers = WorkerGateway::new(
+        Arc::new(control.clone()),
+        JoinTokens::new(keys.workers),
+        remote_builds,
+        content,
+        containers_address,
+        WorkerTimes::default(),
+    );
+    let embedded = embedded.map(|parts| parts.embedded(&control)).transpose()?;
+    let mut worker = {
+        let cancel = cancel.clone();
+        tokio::spawn(async move {
+            match embedded {
+                Some(worker) => worker.run(desired, reports, cancel).await,
+                None => cancel.cancelled().await,
+            }
+        })
+    };
 
     let ingress_config = IngressConfig {
         base_domains: vec![config.base_domain.clone()],
@@ -120,12 +142,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         "http"
     };
     let public = Services {
-        platform: platform_of(&control, &signer, public_scheme),
+        platform: platform_of(&control, &signer, public_scheme, Some(&workers)),
         ingress: ingress.clone(),
     };
     let serving = CancellationToken::new();
     let public_task = tokio::spawn(ionian_ingress::serve(listeners, public, serving.clone()));
-    let container_platform = platform_of(&control, &signer, "http");
+    let container_platform = platform_of(&control, &signer, "http", None);
     let container_task = {
         let (ingress_config, cancel) = (ingress_config.clone(), cancel.clone());
         tokio::spawn(async move {
@@ -143,25 +165,54 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     tracing::info!("shutting down");
     serving.cancel();
     public_task.await.context("the public listener crashed")?;
-    control.shut_down(CONTAINERS_END).await;
+    if config.embedded_worker {
+        control.shut_down(CONTAINERS_END).await;
+    }
     cancel.cancel();
     ingress.closed().await;
     container_task.await.context("the containers' listener crashed")?;
     worker.await.context("the worker crashed")?;
     essential.shutdown().await;
-    runtime
-        .remove_all()
-        .await
-        .context("cannot remove the containers' network")?;
+    if let Some(runtime) = &runtime {
+        runtime
+            .remove_all()
+            .await
+            .context("cannot remove the containers' network")?;
+    }
     store.close().await;
     tracing::info!("ended");
     Ok(())
 }
 
-fn control_config(config: &Config, scheme: String, port: u16, container_server_url: String) -> ControlConfig {
+/// Also takes back the containers that an earlier process left.
+pub(crate) async fn open_runtime(config: &Config) -> anyhow::Result<Arc<dyn Runtime>> {
+    Ok(match config.runtime {
+        RuntimeKind::Runc => Arc::new(
+            RuncRuntime::open(container_config(config))
+                .await
+                .context("cannot use the runc runtime; `ionian doctor` tells what is missing")?,
+        ),
+        RuntimeKind::Process => {
+            tracing::warn!("the process runtime isolates nothing: run only code that you trust");
+            Arc::new(ProcessRuntime::new())
+        }
+        RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
+    })
+}
+
+/// What this host offers to containers.
+pub(crate) fn capacity(config: &Config) -> WorkerCapacity {
     let cores = host::cores();
     let three_quarters = host::memory_mib().unwrap_or(4096) / 4 * 3;
     let or = |value: u32, default: u32| if value == 0 { default } else { value };
+    WorkerCapacity {
+        cpu_millis: or(config.cpu_millis, cores * 1_000),
+        memory_mib: or(config.memory_mib, three_quarters),
+        max_starting: cores.max(2),
+    }
+}
+
+fn control_config(config: &Config, scheme: String, port: u16, container_server_url: String) -> ControlConfig {
     ControlConfig {
         workspace: config.workspace.clone(),
         public_scheme: scheme,
@@ -175,11 +226,7 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         default_scaledown_window: config.scaledown_window,
         client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
         journal: config.journal.clone(),
-        capacity: WorkerCapacity {
-            cpu_millis: or(config.cpu_millis, cores * 1_000),
-            memory_mib: or(config.memory_mib, three_quarters),
-            max_starting: cores.max(2),
-        },
+        capacity: config.embedded_worker.then(|| capacity(config)),
         scheduler: ionian_scheduler::Config::default(),
     }
 }
@@ -193,9 +240,18 @@ fn crash(what: &str, error: Option<JoinError>) -> ! {
 }
 
 /// gRPC to the service, everything else to the platform's own paths.
-fn platform_of(control: &Control, signer: &UrlSigner, scheme: &'static str) -> ionian_ingress::PlatformService {
-    let api = Api::new(control.clone(), signer.clone(), scheme);
-    let router = http_router(control, signer);
+fn platform_of(
+    control: &Control,
+    signer: &UrlSigner,
+    scheme: &'static str,
+    workers: Option<&WorkerGateway>,
+) -> ionian_ingress::PlatformService {
+    let mut api = Api::new(control.clone(), signer.clone(), scheme);
+    let mut router = http_router(control, signer);
+    if let Some(workers) = workers {
+        api = api.with_workers(workers.clone());
+        router = router.merge(workers.router());
+    }
     platform_service(tower::service_fn(
         move |request: http::Request<hyper::body::Incoming>| {
             let (api, router) = (api.clone(), router.clone());
@@ -204,13 +260,13 @@ fn platform_of(control: &Control, signer: &UrlSigner, scheme: &'static str) -> i
     ))
 }
 
-/// One server per data directory.
+/// One server or worker per data directory.
 pub(crate) fn lock(data_dir: &Path) -> anyhow::Result<File> {
     let path = data_dir.join("serve.lock");
     let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(|_| {
         anyhow::anyhow!(
-            "another server runs on {}; stop it, or choose another --data-dir",
+            "another process of the platform runs on {}; stop it, or choose another --data-dir",
             data_dir.display()
         )
     })?;
@@ -236,7 +292,7 @@ fn announce(config: &Config, port: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn interrupted() -> anyhow::Result<impl Future<Output = ()>> {
+pub(crate) fn interrupted() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     Ok(async move {

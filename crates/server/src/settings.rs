@@ -272,6 +272,26 @@ pub(crate) const SETTINGS: &[Setting] = &[
         },
     ),
     setting(
+        "worker",
+        "embedded",
+        "true",
+        "Whether `ionian serve` is a worker itself; without, containers run where `ionian worker` does.",
+        |config, text| {
+            config.embedded_worker = boolean(text)?;
+            Ok(())
+        },
+    ),
+    setting(
+        "worker",
+        "content_cache_gib",
+        "20",
+        "How much of the users' files a worker process keeps that has them from the server, in GiB.",
+        |config, text| {
+            config.content_cache_gib = number(text)?.max(1);
+            Ok(())
+        },
+    ),
+    setting(
         "trust",
         "ca_bundle",
         "\"auto\"",

@@ -3,12 +3,14 @@
 use std::os::unix::fs::DirBuilderExt;
 
 use anyhow::{Context, bail};
+use ionian_api::JoinTokens;
 use ionian_control::app::tokens::hash_secret;
 use ionian_domain::{Timestamp, TokenId};
 use ionian_store::Store;
 use ionian_store::tokens::TokenRecord;
 
 use crate::config::Config;
+use crate::keys::Keys;
 
 pub(crate) async fn open_store(config: &Config) -> anyhow::Result<Store> {
     std::fs::DirBuilder::new()
@@ -50,6 +52,16 @@ pub(crate) async fn new(config: &Config, name: &str) -> anyhow::Result<()> {
     println!("export MODAL_SERVER_URL={url}");
     println!("export MODAL_TOKEN_ID={id}");
     println!("export MODAL_TOKEN_SECRET={secret}");
+    Ok(())
+}
+
+/// A token by which `ionian worker` joins this server. Signed, not stored.
+#[expect(clippy::print_stdout, reason = "the output of a command")]
+pub(crate) async fn new_worker(config: &Config) -> anyhow::Result<()> {
+    // Makes the data directory where there is none.
+    open_store(config).await?.close().await;
+    let keys = Keys::load(&config.data_dir)?;
+    println!("{}", JoinTokens::new(keys.workers).issue());
     Ok(())
 }
 

@@ -22,6 +22,21 @@ pub struct BuildLine {
     pub text: String,
 }
 
+/// A build for a client: the image, and the client that goes under its containers.
+#[derive(Debug)]
+pub struct BuildOrder {
+    pub request: BuildRequest,
+    pub client_version: String,
+}
+
+/// Why there is no image, for the one who asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuildFailure {
+    /// Whether the definition is at fault (a failing step, an unknown command) or the platform.
+    pub by_user: bool,
+    pub message: String,
+}
+
 /// Builds images on this host. Cheap to clone; builds of different callers run at the same time, and steps
 /// that they share run once.
 #[derive(Clone)]
@@ -47,6 +62,41 @@ impl Builder {
         let (log, chunks) = BuildLog::channel();
         let (result, ()) = tokio::join!(self.images.build(request, log, cancel), forward(chunks, lines));
         result
+    }
+
+    /// Builds an image and fetches the client for it, which its first container would otherwise wait for.
+    pub async fn build_for_client(
+        &self,
+        order: BuildOrder,
+        lines: mpsc::Sender<BuildLine>,
+        cancel: CancellationToken,
+    ) -> Result<BuiltImage, BuildFailure> {
+        let result = self.build(order.request, lines.clone(), cancel).await;
+        let image = result.map_err(|error| BuildFailure {
+            by_user: error.is_user_fault(),
+            message: crate::chain(&error),
+        })?;
+        if image.metadata.python_version_info.is_some()
+            && let Err(error) = self.prepare_client(&order.client_version, &image).await
+        {
+            // Not the image's fault, and the first start tries again and then fails with this very reason.
+            let text = format!(
+                "the client {} could not be prepared for this image: {}\n",
+                order.client_version,
+                crate::chain(&error)
+            );
+            // A reader that is gone misses a line.
+            drop(
+                lines
+                    .send(BuildLine {
+                        at: Timestamp::now(),
+                        stream: LogStream::Info,
+                        text,
+                    })
+                    .await,
+            );
+        }
+        Ok(image)
     }
 
     /// Whether every layer of an image is on this host's disk.

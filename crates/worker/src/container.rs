@@ -20,12 +20,14 @@ use ionian_domain::container::{ContainerExit, ContainerSpec, ContainerStarted, R
 use ionian_image::client_bundle::{BundleError, ClientBundle, ClientBundles};
 use ionian_image::{BuildLog, HostTrust, LayerStore, LogStream, StepRunner};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::chain;
 use crate::image_files::{ImageFiles, ResolveError};
 use crate::launch::{self, DefaultLimits, Prepared, PreparedProcess};
 use crate::logs::{LogLimits, LogSink, LogWriter, pump};
 use crate::mounts::{MountError, MountLayers};
+use crate::worker::FetchContent;
 
 /// How long the end of a container waits for the last of its output. Only a process that outlived its
 /// container (which only the runtime without isolation allows) holds a pipe open for longer.
@@ -38,6 +40,9 @@ pub(crate) struct Shared {
     pub(crate) trust: HostTrust,
     pub(crate) bundles: Arc<ClientBundles>,
     pub(crate) steps: Arc<dyn StepRunner>,
+    /// Cancelled when containers are to go on without this process.
+    pub(crate) leave: CancellationToken,
+    pub(crate) fetch: FetchContent,
     pub(crate) mounts: Arc<MountLayers>,
     pub(crate) hook_dir: PathBuf,
     pub(crate) run_dir: PathBuf,
@@ -81,6 +86,8 @@ enum PrepareError {
     Bundle(#[from] BundleError),
     #[error("failed to provide the function's files")]
     Mount(#[from] MountError),
+    #[error("failed to fetch the function's files: {0}")]
+    Fetch(String),
     #[error("failed to write {path}")]
     Arguments { path: PathBuf, source: io::Error },
     #[error(
@@ -107,6 +114,8 @@ pub(crate) async fn live(
     let result = tokio::select! {
         biased;
         () = ordered(&mut orders, Order::Interrupt) => None,
+        // What has not begun needs nobody to go on with it: the next process starts it.
+        () = shared.leave.cancelled() => return,
         result = prepare(&shared, id, &spec, &writer) => Some(result),
     };
     let Some(result) = result else {
@@ -217,7 +226,16 @@ impl Running {
             timings,
         }))
         .await;
-        let exit = watch_over(&mut container, &mut orders, writer, shared.log_limits).await;
+        let exit = tokio::select! {
+            biased;
+            exit = watch_over(&mut container, &mut orders, writer, shared.log_limits) => exit,
+            () = shared.leave.cancelled() => {
+                // Its output waits in its pipes for the next process of this worker.
+                container.release();
+                run_dir.leave();
+                return;
+            }
+        };
         tell(Sighting::Ended { id, exit }).await;
         dispose(id, container).await;
         remove(run_dir).await;
@@ -278,6 +296,10 @@ async fn prepare(
         }
         RuntimeKind::Process => None,
     };
+    if !spec.files.is_empty() {
+        let digests = spec.files.iter().map(|file| file.sha256_hex.clone()).collect();
+        (shared.fetch)(digests).await.map_err(PrepareError::Fetch)?;
+    }
     let permit = Arc::clone(&shared.starts)
         .acquire_owned()
         .await
@@ -509,6 +531,12 @@ impl RunDir {
         Self {
             path: parent.join(id.to_string()),
         }
+    }
+
+    /// Lets the directory be, for the next process of this worker.
+    fn leave(self) {
+        // Nothing but the path is in it, whose memory is given back with the process.
+        std::mem::forget(self);
     }
 
     fn note_mount_layer(&self, layer: &Path) -> Result<(), PrepareError> {

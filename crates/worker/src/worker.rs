@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use ionian_container::{RunningContainer, Runtime};
 use ionian_domain::ContainerId;
 use ionian_domain::container::ContainerExit;
@@ -36,6 +37,10 @@ const SIGHTINGS_QUEUE: usize = 256;
 /// How long killed containers have for the last of their output and for being cleaned up.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// Makes the content with these digests lie on this host for long enough to be linked from there. The error is
+/// for the user.
+pub type FetchContent = Arc<dyn Fn(Vec<String>) -> BoxFuture<'static, Result<(), String>> + Send + Sync>;
+
 /// What a worker is made of.
 pub struct WorkerParts {
     /// One of each kind that this host offers.
@@ -47,6 +52,8 @@ pub struct WorkerParts {
     pub bundles: Arc<ClientBundles>,
     /// Where the content with a digest lies on this host.
     pub content: ContextFiles,
+    /// Brings content to this host, where it is not here anyway.
+    pub fetch: FetchContent,
     /// Belongs to the worker alone.
     pub state_dir: PathBuf,
     pub logs: LogSink,
@@ -102,11 +109,23 @@ pub struct Worker {
     found: Found,
 }
 
+/// Takes over all containers that an earlier process left to these runtimes, living or ended since: for
+/// [`WorkerParts::found`]. Whose they are is decided later.
+pub async fn find_containers(runtimes: &[Arc<dyn Runtime>]) -> Vec<RunningContainer> {
+    let mut found = Vec::new();
+    for runtime in runtimes {
+        for name in runtime.adoptable() {
+            found.extend(runtime.adopt(&name).await);
+        }
+    }
+    found
+}
+
 /// Containers of an earlier process of this worker.
 #[derive(Default)]
 struct Found {
     containers: BTreeMap<ContainerId, RunningContainer>,
-    /// Steps of builds that nobody waits for.
+    /// Not named by an id of ours: nobody asks for them.
     strangers: Vec<RunningContainer>,
 }
 
@@ -133,6 +152,7 @@ impl Worker {
             steps,
             bundles,
             content,
+            fetch,
             state_dir,
             logs,
             limits,
@@ -164,6 +184,8 @@ impl Worker {
             trust: images.trust().clone(),
             bundles,
             steps,
+            leave: CancellationToken::new(),
+            fetch,
             mounts: Arc::new(mounts),
             hook_dir,
             run_dir,
@@ -181,6 +203,17 @@ impl Worker {
             builder,
             found,
         })
+    }
+
+    /// Containers of an earlier process of this worker, which the first desired set adopts or ends.
+    pub fn found_containers(&self) -> Vec<ContainerId> {
+        self.found.containers.keys().copied().collect()
+    }
+
+    /// Cancelled while it runs, it makes [`Self::run`] end without ending the containers: they go on, and another
+    /// process of this worker finds them. The runtimes must then be detached, and not torn down.
+    pub fn leave_token(&self) -> CancellationToken {
+        self.shared.leave.clone()
     }
 
     /// Builds images with the worker's parts, whether it runs or not.
@@ -245,11 +278,13 @@ impl Loop {
         // What was wanted before this began counts too.
         desired.mark_changed();
         let (mut wants_news, mut has_listener) = (true, true);
+        let leave = self.shared.leave.clone();
         loop {
             let deadline = self.reconciler.next_deadline();
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
+                () = leave.cancelled() => break,
                 // Before the next desired set: an end that is known is not caused a second time.
                 Some(sighting) = seen.recv() => {
                     let action = match sighting {
@@ -373,11 +408,18 @@ impl Loop {
     async fn shut_down(mut self, seen: mpsc::Receiver<Sighting>) {
         // Nobody waits for what the tasks tell now.
         drop(seen);
-        for id in self.orders.keys().copied().collect::<Vec<_>>() {
-            self.order(id, Order::Kill);
+        let leaves = self.shared.leave.is_cancelled();
+        if !leaves {
+            for id in self.orders.keys().copied().collect::<Vec<_>>() {
+                self.order(id, Order::Kill);
+            }
         }
-        // Nobody has said that they are wanted, and an orderly end leaves nothing behind.
         for (id, container) in std::mem::take(&mut self.found) {
+            if leaves {
+                container.release();
+                continue;
+            }
+            // Nobody has said that it is wanted, and an orderly end leaves nothing behind.
             let discarded = container::discard(Arc::clone(&self.shared), id, container, self.sightings.clone());
             self.tasks.spawn(discarded);
         }

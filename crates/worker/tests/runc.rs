@@ -100,6 +100,7 @@ async fn world(name: &str) -> Option<World> {
         steps,
         bundles: Arc::new(ClientBundles::new(ClientBundlesConfig::default())),
         content,
+        fetch: Arc::new(|_| Box::pin(async { Ok(()) })),
         state_dir: path("state"),
         logs,
         limits: WorkerLimits::for_host(),

@@ -19,3 +19,4 @@ mod maps;
 mod restart;
 mod secrets;
 mod support;
+mod worker_protocol;

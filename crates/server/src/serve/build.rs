@@ -1,15 +1,13 @@
-//! Control's build jobs, run by the worker's builder.
+//! Control's build jobs, run by the embedded worker's builder.
 
 use std::sync::Arc;
 
 use ionian_control::app::images::BuildLine;
 use ionian_control::{BuildFailure, BuildFn, BuildJob};
-use ionian_domain::Timestamp;
 use ionian_domain::image::BuiltImage;
-use ionian_domain::log::LogStream;
 use ionian_image::base::RegistryCredentials;
 use ionian_image::{BuildRequest, ContextEntry};
-use ionian_worker::Builder;
+use ionian_worker::{BuildOrder, Builder};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -26,7 +24,6 @@ async fn build(
     lines: mpsc::Sender<BuildLine>,
     cancel: CancellationToken,
 ) -> Result<BuiltImage, BuildFailure> {
-    let client_version = job.client_version.clone();
     let request = BuildRequest {
         spec: job.spec,
         bases: job.bases,
@@ -45,6 +42,10 @@ async fn build(
             .map(|(username, password)| RegistryCredentials { username, password }),
         force: job.force,
     };
+    let order = BuildOrder {
+        request,
+        client_version: job.client_version,
+    };
     let (sender, mut receiver) = mpsc::channel::<ionian_worker::BuildLine>(LINES);
     let forward = async {
         while let Some(line) = receiver.recv().await {
@@ -58,41 +59,9 @@ async fn build(
                 .await;
         }
     };
-    let (result, ()) = tokio::join!(builder.build(request, sender, cancel), forward);
-    let image = result.map_err(|error| BuildFailure {
-        by_user: error.is_user_fault(),
-        message: text_of(&error),
-    })?;
-    if image.metadata.python_version_info.is_some()
-        && let Err(error) = builder.prepare_client(&client_version, &image).await
-    {
-        // Not the image's fault, and the first start tries again and then fails with this very reason.
-        let text = format!(
-            "the client {client_version} could not be prepared for this image: {}\n",
-            text_of(&error)
-        );
-        let _closed = lines
-            .send(BuildLine {
-                at: Timestamp::now(),
-                stream: LogStream::Info,
-                text,
-            })
-            .await;
-    }
-    Ok(image)
-}
-
-/// An error with its causes, in one line.
-fn text_of(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
+    let (result, ()) = tokio::join!(builder.build_for_client(order, sender, cancel), forward);
+    result.map_err(|failure| BuildFailure {
+        by_user: failure.by_user,
+        message: failure.message,
+    })
 }

@@ -16,7 +16,9 @@ use ionian_image::base::{BaseConfig, BaseImages};
 use ionian_image::build::DEFAULT_STEP_TIMEOUT;
 use ionian_image::client_bundle::{ClientBundles, ClientBundlesConfig};
 use ionian_image::{BuilderConfig, ContextFiles, ImageBuilder, LayerStore};
-use ionian_worker::{Builder, ContainerSteps, LogSink, StepLimits, Worker, WorkerLimits, WorkerParts};
+use ionian_worker::{
+    Builder, ContainerSteps, FetchContent, LogSink, StepLimits, Worker, WorkerLimits, WorkerParts, find_containers,
+};
 use tower::ServiceExt;
 
 use crate::config::Config;
@@ -24,29 +26,50 @@ use crate::config::Config;
 /// Secrets of build steps are written to memory only.
 const VOLATILE_DIR: &str = "/dev/shm";
 
-/// A worker that has everything but the place where its logs go, which control brings.
-pub(super) struct WorkerSetup {
+/// A worker that has everything but the place where its logs go.
+pub(crate) struct WorkerSetup {
     pub builder: Builder,
     worker: Box<dyn FnOnce(LogSink) -> anyhow::Result<Worker> + Send>,
 }
 
 impl WorkerSetup {
-    pub(super) fn worker(self, control: &Control) -> anyhow::Result<Worker> {
+    /// A worker whose logs go to control in this process.
+    pub(super) fn embedded(self, control: &Control) -> anyhow::Result<Worker> {
         let control = control.clone();
-        let sink: LogSink = Arc::new(move |entries| {
+        self.worker(Arc::new(move |entries| {
             let control = control.clone();
             Box::pin(async move { control.logs().append(entries).await })
-        });
-        (self.worker)(sink)
+        }))
+    }
+
+    pub(crate) fn worker(self, logs: LogSink) -> anyhow::Result<Worker> {
+        (self.worker)(logs)
     }
 }
 
-pub(super) async fn worker(
+/// Where a worker finds files by digest, and how it gets those that are not there.
+pub(crate) struct Content {
+    pub files: ContextFiles,
+    pub fetch: FetchContent,
+}
+
+impl Content {
+    /// The server's own store, on this host.
+    pub(super) fn local(content: ContentStore) -> Self {
+        Self {
+            files: content_files(content),
+            fetch: Arc::new(|_| Box::pin(async { Ok(()) })),
+        }
+    }
+}
+
+pub(crate) async fn worker(
     config: &Config,
     runtime: Arc<dyn Runtime>,
     layers: LayerStore,
-    content: ContentStore,
+    content: Content,
 ) -> anyhow::Result<WorkerSetup> {
+    let Content { files, fetch } = content;
     let state_dir = config.data_dir.join("worker");
     let images_dir = config.images_dir();
     let scratch_dir = images_dir.join("scratch");
@@ -65,7 +88,6 @@ pub(super) async fn worker(
         ContainerSteps::open(Arc::clone(&runtime), &state_dir.join("steps"), StepLimits::for_host())
             .context("cannot prepare image builds")?,
     );
-    let files = content_files(content);
     let binds = trust.binds();
     let mut pip_env = trust.trust_env(&[]);
     pip_env.extend(trust.env.iter().cloned());
@@ -85,20 +107,19 @@ pub(super) async fn worker(
         binds,
         ..ClientBundlesConfig::default()
     }));
-    let mut found = Vec::new();
-    for name in runtime.adoptable() {
-        found.extend(runtime.adopt(&name).await);
-    }
     let process_python = config.process_python.clone();
     let (open_images, open_steps, open_bundles) = (images.clone(), Arc::clone(&steps), Arc::clone(&bundles));
     let builder = ionian_worker::Builder::new(images, bundles, steps);
+    let runtimes = vec![runtime];
+    let found = find_containers(&runtimes).await;
     let worker = Box::new(move |logs: LogSink| {
         Worker::open(WorkerParts {
-            runtimes: vec![runtime],
+            runtimes,
             images: open_images,
             steps: open_steps,
             bundles: open_bundles,
             content: files,
+            fetch,
             state_dir: state_dir.join("containers"),
             logs,
             limits: WorkerLimits::for_host(),

@@ -84,6 +84,7 @@ impl World {
             steps,
             bundles: Arc::new(ClientBundles::new(ClientBundlesConfig::default())),
             content,
+            fetch: Arc::new(|_| Box::pin(async { Ok(()) })),
             state_dir: path("state"),
             logs,
             limits: WorkerLimits {

@@ -189,11 +189,11 @@ fn config(dir: &Path) -> ControlConfig {
         default_scaledown_window: Duration::from_mins(1),
         client_heartbeat_timeout: Duration::from_mins(1),
         journal: None,
-        capacity: WorkerCapacity {
+        capacity: Some(WorkerCapacity {
             cpu_millis: 64_000,
             memory_mib: 64_000,
             max_starting: 64,
-        },
+        }),
         scheduler: ionian_scheduler::Config::default(),
     }
 }
