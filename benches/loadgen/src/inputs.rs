@@ -67,12 +67,12 @@ pub(crate) async fn measure(
     for number in 0..=rounds {
         let fdatasyncs_per_second = syncs(disk.to_owned(), length).await?;
         // An app of its own for each: one function takes no more than 100,000 inputs that wait.
-        let app = client::deploy(&mut owner, &format!("load-{number}-single")).await?;
+        let app = Box::pin(client::deploy(&mut owner, &format!("load-{number}-single"))).await?;
         let function_id = app.function_id;
         let single = run(&clients, &Load::Single { function_id }, length).await?;
         client::stop(&mut owner, app.app_id).await?;
 
-        let app = client::deploy(&mut owner, &format!("load-{number}-batches")).await?;
+        let app = Box::pin(client::deploy(&mut owner, &format!("load-{number}-batches"))).await?;
         let call = pb::FunctionMapRequest {
             function_id: app.function_id.clone(),
             function_call_type: pb::FunctionCallType::Map.into(),

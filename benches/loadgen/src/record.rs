@@ -100,7 +100,7 @@ async fn act_until(mut client: Client, caller: usize, record: Record, end: Insta
     while Instant::now() < end {
         // Rarely: a new version of the app, as people deploy.
         if round.is_multiple_of(8) {
-            let app = client::deploy(&mut client, &format!("app-{caller}-{}", round / 16)).await?;
+            let app = Box::pin(client::deploy(&mut client, &format!("app-{caller}-{}", round / 16))).await?;
             function_id.clone_from(&app.function_id);
             record.note(&Acknowledged::Deployed {
                 app_id: app.app_id,
