@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench simulate lint fmt clean
+.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench bench-durability bench-neighbours simulate chaos lint fmt clean
 
 PYTHON := .venv-1.6.4/bin/python
 
@@ -50,6 +50,10 @@ simulate: ## The scheduler against worlds in which everything dies; IONIAN_SIM_S
 
 bench: setup build ## Ratios against bare programs, taken in one run
 	@$(PYTHON) benches/run
+
+bench-durability: setup build ## Acknowledged inputs per second against the disk's syncs, taken in one run
+	@cargo build --release --locked -p ionian-loadgen
+	@$(PYTHON) benches/durability
 
 lint: ## What must hold before a commit
 	@scripts/setup venvs

@@ -109,6 +109,11 @@ const ARROWS: &[Arrow] = &[
     arrow("ionian-server", "ionian-ingress", "wiring"),
     arrow("ionian-server", "ionian-worker", "wiring"),
     arrow("xtask", "ionian-proto", "writes its descriptors to a file"),
+    // Programs that test the whole from outside; nobody ships them.
+    arrow("ionian-loadgen", "ionian-proto", "speaks to a server as a client does"),
+    arrow("ionian-powerloss", "ionian-domain", "names what it looks for"),
+    arrow("ionian-powerloss", "ionian-store", "opens what a power cut left"),
+    arrow("ionian-powerloss", "ionian-blobs", "opens what a power cut left"),
 ];
 
 /// Who may use some crates of others.
@@ -133,12 +138,18 @@ const KEPT_OUT: &[KeptOut] = &[
     },
     KeptOut {
         crates: &["prost", "prost-types", "tonic", "tonic-prost"],
-        rule: Rule::Only(&["ionian-proto", "ionian-api", "ionian-worker", "ionian-server"]),
+        rule: Rule::Only(&[
+            "ionian-proto",
+            "ionian-api",
+            "ionian-worker",
+            "ionian-server",
+            "ionian-loadgen",
+        ]),
         why: "protobuf types stop in the API and in the worker",
     },
     KeptOut {
         crates: &["clap"],
-        rule: Rule::Only(&["ionian-server", "xtask"]),
+        rule: Rule::Only(&["ionian-server", "xtask", "ionian-loadgen", "ionian-powerloss"]),
         why: "only the binary reads configuration",
     },
     KeptOut {

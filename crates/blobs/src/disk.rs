@@ -3,9 +3,13 @@
 //! The order that makes a file crash-safe is always the same: write under a temporary name, sync the
 //! file, rename it, sync the directory. All functions block; [`blocking`] runs them off the runtime.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::storage::StorageError;
 
@@ -99,19 +103,52 @@ pub(crate) fn open_for_spans(path: &Path) -> Result<File, StorageError> {
     options.open(path).map_err(failed("open", path))
 }
 
-/// Makes `target` hold these bytes and survive a power cut.
-pub(crate) fn write_durably(temporary: &Path, target: &Path, bytes: &[u8]) -> Result<(), StorageError> {
-    let (temp, mut file) = TempFile::create(temporary)?;
-    file.write_all(bytes).map_err(failed("write", temp.path()))?;
-    file.sync_all().map_err(failed("sync", temp.path()))?;
-    place(temp, target)
+/// A directory tree whose directories are on disk before anything is put into them. A directory that is
+/// there need not be: whoever made it may be about to sync it, or may have been killed before that.
+#[derive(Debug, Clone)]
+pub(crate) struct SafeTree {
+    root: PathBuf,
+    /// Directories whose names this process has synced. As many as there are shards, so a few hundred.
+    safe: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
-/// Renames a synced temporary file to its final name and syncs the directory.
-pub(crate) fn place(temp: TempFile, target: &Path) -> Result<(), StorageError> {
-    ensure_parent(target)?;
-    temp.rename(target)?;
-    sync_parent(target)
+impl SafeTree {
+    pub(crate) fn new(root: PathBuf) -> Self {
+        Self {
+            root,
+            safe: Arc::default(),
+        }
+    }
+
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Makes the directory of `target`, and all above it up to the parent of the root, survive a power
+    /// cut.
+    pub(crate) fn ensure_parent(&self, target: &Path) -> Result<(), StorageError> {
+        let parent = parent_of(target);
+        if self.safe.lock().contains(parent) {
+            return Ok(());
+        }
+        fs::create_dir_all(parent).map_err(failed("create directory", parent))?;
+        let made = parent.ancestors().take_while(|above| above.starts_with(&self.root));
+        for directory in made {
+            sync_parent(directory)?;
+        }
+        self.safe.lock().insert(parent.to_owned());
+        Ok(())
+    }
+
+    /// Makes `target` hold these bytes and survive a power cut.
+    pub(crate) fn write(&self, temporary: &Path, target: &Path, bytes: &[u8]) -> Result<(), StorageError> {
+        let (temp, mut file) = TempFile::create(temporary)?;
+        file.write_all(bytes).map_err(failed("write", temp.path()))?;
+        file.sync_all().map_err(failed("sync", temp.path()))?;
+        self.ensure_parent(target)?;
+        temp.rename(target)?;
+        sync_parent(target)
+    }
 }
 
 /// Makes `target` hold these bytes, all or nothing as far as this process and its successors can see.
@@ -136,15 +173,6 @@ pub(crate) fn remove_if_exists(path: &Path) -> Result<(), StorageError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(failed("remove", path)(error)),
     }
-}
-
-pub(crate) fn ensure_parent(path: &Path) -> Result<(), StorageError> {
-    let parent = parent_of(path);
-    if parent.is_dir() {
-        return Ok(());
-    }
-    fs::create_dir_all(parent).map_err(failed("create directory", parent))?;
-    sync_parent(parent)
 }
 
 pub(crate) fn sync_parent(path: &Path) -> Result<(), StorageError> {

@@ -10,7 +10,7 @@ use futures_util::{StreamExt, TryStreamExt};
 use tokio::io::{AsyncReadExt, AsyncSeekExt};
 use tokio_util::io::ReaderStream;
 
-use crate::disk::{self, blocking, failed};
+use crate::disk::{self, SafeTree, blocking, failed};
 use crate::key::Key;
 use crate::storage::{Blobs, ByteStream, StorageError};
 
@@ -21,7 +21,7 @@ const READ_CHUNK_BYTES: usize = 256 * 1024;
 /// one (a container's rootfs) keeps what it had.
 #[derive(Debug, Clone)]
 pub struct LocalBlobs {
-    root: PathBuf,
+    tree: SafeTree,
     /// Half-written files. Emptied at every start, since no other process writes here.
     temporary: PathBuf,
 }
@@ -30,14 +30,15 @@ impl LocalBlobs {
     pub async fn open(root: PathBuf) -> Result<Self, StorageError> {
         // No key begins with a dot.
         let temporary = root.join(".temporary");
-        let opened = Self { root, temporary };
+        let tree = SafeTree::new(root);
+        let opened = Self { tree, temporary };
         let made = opened.temporary.clone();
         blocking(move || disk::empty_directory(&made)).await?;
         Ok(opened)
     }
 
     fn path_of(&self, key: &Key) -> PathBuf {
-        self.root.join(key.as_str())
+        self.tree.root().join(key.as_str())
     }
 }
 
@@ -45,9 +46,10 @@ impl LocalBlobs {
 impl Blobs for LocalBlobs {
     async fn adopt(&self, key: &Key, staged: &Path) -> Result<(), StorageError> {
         let target = self.path_of(key);
+        let tree = self.tree.clone();
         let staged = staged.to_owned();
         blocking(move || {
-            disk::ensure_parent(&target)?;
+            tree.ensure_parent(&target)?;
             fs::rename(&staged, &target).map_err(failed("rename a finished file to", &target))?;
             disk::sync_parent(&target)
         })
@@ -56,16 +58,17 @@ impl Blobs for LocalBlobs {
 
     async fn put(&self, key: &Key, bytes: Bytes) -> Result<(), StorageError> {
         let target = self.path_of(key);
-        let temporary = self.temporary.clone();
-        blocking(move || disk::write_durably(&temporary, &target, &bytes)).await
+        let (tree, temporary) = (self.tree.clone(), self.temporary.clone());
+        blocking(move || tree.write(&temporary, &target, &bytes)).await
     }
 
     async fn copy(&self, from: &Key, to: &Key) -> Result<(), StorageError> {
         let source = self.path_of(from);
         let target = self.path_of(to);
         let from = from.clone();
+        let tree = self.tree.clone();
         blocking(move || {
-            disk::ensure_parent(&target)?;
+            tree.ensure_parent(&target)?;
             match fs::hard_link(&source, &target) {
                 Ok(()) => {}
                 // Equal keys hold equal bytes, or the caller deletes first.

@@ -48,6 +48,13 @@ impl Control {
 
 /// Runs until cancelled.
 pub(crate) async fn run_long(control: Control, cancel: CancellationToken) {
+    if let Err(error) = control.store().calls().remember_calls().await {
+        // Every call is looked up on disk then, as before this.
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "cannot list the recorded calls"
+        );
+    }
     let mut period = FIRST_REMOVAL;
     while wait(&cancel, period).await {
         period = LONG_PERIOD;

@@ -29,6 +29,7 @@ impl Keys {
         let dir = data_dir.join("keys");
         fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o700))?;
+        sync_directory(data_dir)?;
         let secret = match std::env::var(SECRET_KEY_VARIABLE) {
             Ok(text) => {
                 decode(&text).with_context(|| format!("{SECRET_KEY_VARIABLE} is not {KEY_LENGTH} bytes in hex"))?
@@ -36,6 +37,9 @@ impl Keys {
             Err(_) => load_or_make(&dir.join("secrets.key"))?,
         };
         let signing = load_or_make(&dir.join("signing.key"))?;
+        // Whatever gets sealed or signed is worth nothing without its key. Also where a key was found: whoever made it
+        // may have been killed before this line.
+        sync_directory(&dir)?;
         Ok(Self {
             secret,
             urls: derive(&signing, "blob urls"),
@@ -61,6 +65,13 @@ fn decode(text: &str) -> anyhow::Result<Zeroizing<[u8; KEY_LENGTH]>> {
         bail!("it has {} bytes", bytes.len())
     };
     Ok(Zeroizing::new(key))
+}
+
+/// Makes the names in a directory survive a power cut.
+fn sync_directory(path: &Path) -> anyhow::Result<()> {
+    fs::File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .with_context(|| format!("cannot sync {}", path.display()))
 }
 
 fn load_or_make(path: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_LENGTH]>> {

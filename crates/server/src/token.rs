@@ -89,6 +89,8 @@ pub(crate) async fn revoke(config: &Config, id: &str) -> anyhow::Result<()> {
     }
     store.tokens().revoke(id, Timestamp::now()).await?;
     store.close().await;
+    // A server that runs may have read it right before; said is only what holds there, too.
+    tokio::time::sleep(ionian_store::TOKEN_LIFETIME).await;
     println!("token {id} is revoked");
     Ok(())
 }

@@ -105,6 +105,18 @@ impl Calls<'_> {
         recovery::load_pending(self.0).await.during("load what was pending")
     }
 
+    /// Reads the ids of all calls, once, after which calls that do not exist are known without asking the
+    /// database. For the process that creates calls, and for no other: it may run beside everything else.
+    pub async fn remember_calls(&self) -> Result<(), StoreError> {
+        const OPERATION: &str = "list all calls";
+        let mut rows = query("SELECT id FROM calls").fetch(&self.0.readers);
+        while let Some(row) = rows.try_next().await.during(OPERATION)? {
+            self.0.memory.calls.insert(row.id("id").during(OPERATION)?);
+        }
+        self.0.memory.calls.complete();
+        Ok(())
+    }
+
     /// The payloads of inputs; unknown ids are left out. The caller bounds how many it holds.
     pub async fn input_payloads(&self, ids: &[InputId]) -> Result<HashMap<InputId, InputPayload>, StoreError> {
         const OPERATION: &str = "read the payloads of inputs";
@@ -170,6 +182,9 @@ impl Calls<'_> {
 
     pub async fn call_summary(&self, id: CallId) -> Result<Option<CallSummary>, StoreError> {
         const OPERATION: &str = "find a call";
+        if !self.0.memory.calls.may_hold(id) {
+            return Ok(None);
+        }
         let row = query("SELECT * FROM calls WHERE id = $1")
             .bind(id.to_string())
             .fetch_optional(&self.0.readers)

@@ -39,6 +39,7 @@ pub mod functions;
 pub mod idempotency;
 pub mod images;
 pub mod labels;
+mod memory;
 pub mod meta;
 pub mod mounts;
 mod open;
@@ -52,11 +53,13 @@ mod turn;
 mod tests;
 
 use std::path::Path;
+use std::sync::Arc;
 
 use sqlx::sqlite::{Sqlite, SqlitePool};
 use sqlx::{SqliteConnection, Transaction};
 
 pub use error::{Failure, StoreError};
+pub use memory::TOKEN_LIFETIME;
 
 use error::During as _;
 
@@ -65,6 +68,7 @@ use error::During as _;
 pub struct Store {
     writer: SqlitePool,
     readers: SqlitePool,
+    memory: Arc<memory::Memory>,
 }
 
 impl Store {
@@ -72,7 +76,11 @@ impl Store {
     /// to date where needed. A file from a newer version of the program is refused.
     pub async fn open(path: &Path) -> Result<Self, StoreError> {
         let (writer, readers) = open::open(path).await.during("open the database")?;
-        Ok(Self { writer, readers })
+        Ok(Self {
+            writer,
+            readers,
+            memory: Arc::default(),
+        })
     }
 
     /// Waits for running statements, folds the write-ahead log into the database file and closes it.

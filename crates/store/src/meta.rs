@@ -31,6 +31,19 @@ impl Meta<'_> {
         Ok(())
     }
 
+    /// Reads the whole database and says what is damaged in it; nothing if it is whole. Takes as long as
+    /// the database is large.
+    pub async fn check_integrity(&self) -> Result<Vec<String>, StoreError> {
+        const OPERATION: &str = "check the database";
+        let rows = query("PRAGMA integrity_check")
+            .fetch_all(&self.0.readers)
+            .await
+            .during(OPERATION)?;
+        let problems: Result<Vec<String>, _> = rows.iter().map(|row| row.text("integrity_check")).collect();
+        let problems = problems.during(OPERATION)?;
+        Ok(problems.into_iter().filter(|line| line != "ok").collect())
+    }
+
     /// Writes the value if there is none, and returns the one that is there: two processes that
     /// start at once agree on the first one's.
     pub async fn ensure(&self, key: &str, value: &[u8]) -> Result<Bytes, StoreError> {

@@ -81,6 +81,7 @@ pub(crate) async fn open(path: &Path) -> Result<(SqlitePool, SqlitePool), Failur
             source,
         },
     })?;
+    sync_names(path)?;
     drop(lock);
 
     let readers = pool_options(READERS).connect_lazy_with(base.pragma("query_only", "ON"));
@@ -136,6 +137,30 @@ fn create_private(path: &Path) -> Result<(), Failure> {
         }
         Err(error) => Err(failed(error)),
     }
+}
+
+/// Makes the names of the database and its log, and of the directory that holds them, survive a power
+/// cut. `SQLite` syncs the directory for a log that it created, but not for one that a process created
+/// which was killed before its first commit.
+fn sync_names(path: &Path) -> Result<(), Failure> {
+    for directory in path.ancestors().skip(1).take(2) {
+        // A relative path of one name lies in the current directory.
+        let directory = if directory.as_os_str().is_empty() {
+            Path::new(".")
+        } else {
+            directory
+        };
+        let synced = File::open(directory).and_then(|directory| directory.sync_all());
+        match synced {
+            // One may pass through a directory that one may not list; then it is not ours, nor new.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
+            synced => synced.map_err(|source| Failure::File {
+                path: directory.to_owned(),
+                source,
+            })?,
+        }
+    }
+    Ok(())
 }
 
 /// Holds the lock beside the database until the returned file is dropped.

@@ -1,7 +1,8 @@
 //! Turns of the scheduler: records what was decided.
 //!
 //! A turn is folded in memory first and then written, table by table: the last state of each row is
-//! written once, however often the turn changed it, and rows of a kind share multi-row statements.
+//! written once, however often the turn changed it, rows of a kind share multi-row statements, and
+//! statements travel to the connection's thread together (`statements.rs`).
 //! That is sound because the writes of a turn become visible together or not at all, so the states
 //! in between exist for nobody.
 //!
@@ -18,6 +19,7 @@
 //! exceptions are `CallInputsFinished` and `CallConsumed`, which can be late: the sweep may have
 //! taken the call.
 
+mod statements;
 mod write;
 
 use std::collections::{BTreeMap, HashMap};
@@ -32,7 +34,7 @@ use sqlx::sqlite::SqliteRow;
 
 use crate::Store;
 use crate::error::Failure;
-use crate::idempotency::{self, IdempotencyRecord};
+use crate::idempotency::IdempotencyRecord;
 use crate::row::RowExt as _;
 
 /// Writes a whole turn in one transaction.
@@ -45,11 +47,12 @@ pub(crate) async fn commit(
         return Ok(());
     }
     let turn = Turn::fold(writes)?;
-    let mut tx = store.begin().await?;
-    turn.write(&mut tx).await?;
-    for record in idempotency {
-        idempotency::insert(&mut tx, record).await?;
+    // Before the commit: from it on, they are there.
+    for call in &turn.new_calls {
+        store.memory.calls.insert(call.id);
     }
+    let mut tx = store.begin().await?;
+    turn.write(&mut tx, idempotency).await?;
     tx.commit().await?;
     Ok(())
 }

@@ -24,7 +24,7 @@ impl Tokens<'_> {
             )
         };
         let id: TokenId = token_id.parse().map_err(|_| refused())?;
-        let record = self.0.store().tokens().find(id).await?.ok_or_else(refused)?;
+        let record = self.0.store().tokens().find_recent(id).await?.ok_or_else(refused)?;
         let matches: bool = hash_secret(token_secret).ct_eq(&record.secret_hash).into();
         if !matches {
             return Err(refused());

@@ -554,3 +554,58 @@ async fn readers_see_whole_turns_while_the_writer_works() {
         "reads and writes overlapped: {reads}, {more_reads}"
     );
 }
+
+#[tokio::test]
+async fn calls_are_found_whether_or_not_all_of_them_are_remembered() {
+    let mut test = TestStore::open().await;
+    let before = call(CallKind::Unary, at(1));
+    let turn = call_with_inputs(&before, &new_inputs(1));
+    test.store.calls().commit(turn, &[]).await.unwrap();
+    test.reopen().await;
+    let unknown = call(CallKind::Unary, at(1)).id;
+    let calls = test.store.calls();
+    assert!(calls.call_summary(before.id).await.unwrap().is_some());
+    calls.remember_calls().await.unwrap();
+    let after = call(CallKind::Unary, at(2));
+    let turn = call_with_inputs(&after, &new_inputs(1));
+    calls.commit(turn, &[]).await.unwrap();
+    assert!(calls.call_summary(before.id).await.unwrap().is_some());
+    assert!(calls.call_summary(after.id).await.unwrap().is_some());
+    assert!(calls.call_summary(unknown).await.unwrap().is_none());
+}
+
+/// As many rows as make every way of sending statements happen: joined, in bulk, and more than one text holds.
+#[tokio::test]
+async fn a_turn_of_any_size_is_recorded() {
+    let test = TestStore::open().await;
+    for size in [1, 2, 63, 64, 65, 128, 200, 600] {
+        let calls: Vec<_> = (0..size).map(|n| call(CallKind::Unary, at(n))).collect();
+        let inputs: Vec<_> = calls.iter().map(|_| new_inputs(1)).collect();
+        let created = calls.iter().zip(&inputs);
+        let turn = created.flat_map(|(call, inputs)| call_with_inputs(call, inputs));
+        test.store.calls().commit(turn.collect(), &[]).await.unwrap();
+        let started = inputs.iter().map(|inputs| Write::InputStarted {
+            input_id: inputs[0].id,
+            container_id: ContainerId::generate(),
+            attempt: AttemptNumber(1),
+            at: at(2),
+        });
+        test.store.calls().commit(started.collect(), &[]).await.unwrap();
+        let recovered = test.store.calls().load_pending().await.unwrap();
+        assert_eq!(recovered.inputs.len(), calls.len(), "{size}");
+        assert!(recovered.inputs.iter().all(|input| input.running.is_some()), "{size}");
+        let finish = calls
+            .iter()
+            .zip(&inputs)
+            .map(|(call, inputs)| finished(call, inputs[0].id, 1, outcome("r"), at(3)));
+        test.store.calls().commit(finish.collect(), &[]).await.unwrap();
+        assert_eq!(test.store.calls().load_pending().await.unwrap().calls, [], "{size}");
+        let last = test
+            .store
+            .calls()
+            .call_summary(calls[calls.len() - 1].id)
+            .await
+            .unwrap();
+        assert_eq!(last.unwrap().finished_count, 1, "{size}");
+    }
+}

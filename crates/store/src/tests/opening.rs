@@ -3,12 +3,13 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use ionian_domain::ErrorKind;
 use ionian_domain::app::AppState;
 use ionian_domain::call::{AttemptNumber, Payload};
 use ionian_domain::container::ContainerExit;
 use ionian_domain::image::ImageState;
 use ionian_domain::outcome::OutcomeStatus;
+use ionian_domain::record::Write;
+use ionian_domain::{ErrorKind, Timestamp};
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool};
 use sqlx::{Row as _, raw_sql};
 
@@ -115,18 +116,24 @@ async fn a_newer_schema_is_refused_with_advice() {
     assert!(error.source.to_string().contains("newer version"), "{}", error.source);
 }
 
+/// A database as an older version of the program left it: its schema, and rows in it.
+async fn written_by_schema(schema: i64, path: &Path, rows: &[&'static str]) {
+    let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
+    let old = SqlitePool::connect_with(options).await.unwrap();
+    MIGRATOR.run_to(schema, &old).await.unwrap();
+    for text in rows {
+        raw_sql(*text).execute(&old).await.unwrap();
+    }
+    old.close().await;
+}
+
 /// Every row here was written by the first schema, in the JSON of its time. Never change what is
 /// inserted: when this test fails, a data directory of a user would no longer open.
 #[tokio::test]
 async fn a_data_directory_of_the_first_schema_opens() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("ionian.db");
-    let old = SqlitePool::connect_with(SqliteConnectOptions::new().filename(&path).create_if_missing(true))
-        .await
-        .unwrap();
-    MIGRATOR.run_to(1, &old).await.unwrap();
-    raw_sql(include_str!("first_schema.sql")).execute(&old).await.unwrap();
-    old.close().await;
+    written_by_schema(1, &path, &[include_str!("first_schema.sql")]).await;
 
     let store = Store::open(&path).await.unwrap();
     assert_eq!(store.meta().find("workspace").await.unwrap().unwrap().as_ref(), b"ac-1");
@@ -188,4 +195,53 @@ async fn a_data_directory_of_the_first_schema_opens() {
     assert_eq!(outputs[0].outcome.status, OutcomeStatus::Failure);
     let containers = store.containers().list_by_app(app.id, 10).await.unwrap();
     assert_eq!(containers[0].ended, Some((ContainerExit::Exited { code: 1 }, at(9))));
+}
+
+/// Before containers outlived the server, nothing was noted of where they run: such a container is lost.
+#[tokio::test]
+async fn a_container_that_the_first_schema_left_running_has_no_origin() {
+    const RUNNING: &str = "INSERT INTO containers (id, app_id, function_id, created_at) VALUES \
+        ('ta-0000000000000000000002', 'ap-0000000000000000000001', 'fu-0000000000000000000001', 4)";
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ionian.db");
+    written_by_schema(1, &path, &[include_str!("first_schema.sql"), RUNNING]).await;
+
+    let store = Store::open(&path).await.unwrap();
+    let recovered = store.calls().load_pending().await.unwrap();
+    let [container] = recovered.containers.as_slice() else {
+        panic!("one container runs, not {:?}", recovered.containers);
+    };
+    assert_eq!((container.origin, container.web_ready_at), (None, None));
+    let ended = Write::ContainerEnded {
+        container_id: container.id,
+        exit: ContainerExit::Lost,
+        at: at(10),
+    };
+    store.calls().commit(vec![ended], &[]).await.unwrap();
+    assert_eq!(store.calls().load_pending().await.unwrap().containers, []);
+}
+
+/// The same for the second schema, which notes where containers run. Never change what is inserted.
+#[tokio::test]
+async fn a_data_directory_of_the_second_schema_opens() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ionian.db");
+    let rows = [include_str!("first_schema.sql"), include_str!("second_schema.sql")];
+    written_by_schema(2, &path, &rows).await;
+
+    let store = Store::open(&path).await.unwrap();
+    let recovered = store.calls().load_pending().await.unwrap();
+    assert_eq!((recovered.calls.len(), recovered.inputs.len()), (1, 2));
+    let running = recovered.inputs[1].running.unwrap();
+    let [adoptable, web] = recovered.containers.as_slice() else {
+        panic!("two containers run, not {:?}", recovered.containers);
+    };
+    assert_eq!(running, (adoptable.id, Timestamp(6)));
+    let origin = adoptable
+        .origin
+        .map(|(worker, definition)| (worker.to_string(), definition.to_string()));
+    let expected = ("wk-0000000000000000000001", "de-0000000000000000000001");
+    assert_eq!(origin, Some((expected.0.to_owned(), expected.1.to_owned())));
+    assert_eq!((adoptable.web_ready_at, web.web_ready_at), (None, Some(Timestamp(7))));
+    assert_eq!(store.meta().check_integrity().await.unwrap(), [""; 0]);
 }
