@@ -11,11 +11,8 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{Timespec, Timestamps};
 use tar::EntryType;
 
+use crate::base::{UNPACK_LIMITS, UnpackLimits};
 use crate::rooted::{Attributes, Rooted};
-
-/// What an archive may unpack to; as for layers of base images.
-const MAX_UNPACKED_BYTES: u64 = 64 << 30;
-const MAX_ENTRIES: u64 = 4_000_000;
 
 /// A tar archive begins with a header of this size.
 const TAR_BLOCK: usize = 512;
@@ -90,7 +87,22 @@ pub(crate) fn extract(
     destination: &Path,
     owner: Option<(u32, u32)>,
 ) -> Result<(), ExtractError> {
-    let limited = reader(archive, file)?.take(MAX_UNPACKED_BYTES);
+    extract_within(UNPACK_LIMITS, archive, file, root, destination, owner)
+}
+
+pub(crate) fn extract_within(
+    limits: UnpackLimits,
+    archive: Archive,
+    file: &File,
+    root: &Rooted,
+    destination: &Path,
+    owner: Option<(u32, u32)>,
+) -> Result<(), ExtractError> {
+    let UnpackLimits {
+        bytes: max_bytes,
+        entries: max_entries,
+    } = limits;
+    let limited = reader(archive, file)?.take(max_bytes);
     let mut entries = tar::Archive::new(limited);
     let (dir_uid, dir_gid) = owner.unwrap_or((0, 0));
     put(root.ensure_dir(destination, &Attributes::new(0o755, dir_uid, dir_gid)))?;
@@ -101,9 +113,9 @@ pub(crate) fn extract(
         count += 1;
         // A sparse file may claim any size without holding it in the archive.
         bytes = bytes.saturating_add(entry.size());
-        if count > MAX_ENTRIES || bytes > MAX_UNPACKED_BYTES {
+        if count > max_entries || bytes > max_bytes {
             return Err(ExtractError::Refused(format!(
-                "it has more than {MAX_ENTRIES} entries or {MAX_UNPACKED_BYTES} bytes"
+                "it has more than {max_entries} entries or {max_bytes} bytes"
             )));
         }
         let name = relative(&entry.path_bytes())?;

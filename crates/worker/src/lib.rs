@@ -19,6 +19,8 @@
 pub mod builds;
 mod container;
 pub mod doctor;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hook;
 mod image_files;
 mod launch;
