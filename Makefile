@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench lint fmt clean
+.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench fuzz lint fmt clean
 
 PYTHON := .venv-1.6.4/bin/python
 
@@ -42,7 +42,12 @@ test-e2e: build ## Only the end-to-end tests; PYTEST='-k name' chooses
 	@$(PYTHON) scripts/test e2e
 
 test-all: setup build ## What takes long, too
-	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust
+	@scripts/setup fuzz
+	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust fuzz
+
+fuzz: ## Fuzz every decoder that strangers reach; FUZZ_SECONDS=600 for each, FUZZ='grpc oci' chooses
+	@scripts/setup system fuzz
+	@scripts/fuzz $(FUZZ)
 
 bench: setup build ## Ratios against bare programs, taken in one run
 	@$(PYTHON) benches/run
@@ -63,4 +68,5 @@ fmt: ## Format everything
 
 clean: ## Remove what was built; layers of images and environments stay (they are in .cache and .venv-*)
 	cargo clean
+	rm -rf fuzz/target
 	rm -rf e2e/.state

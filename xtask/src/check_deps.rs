@@ -109,6 +109,17 @@ const ARROWS: &[Arrow] = &[
     arrow("ionian-server", "ionian-ingress", "wiring"),
     arrow("ionian-server", "ionian-worker", "wiring"),
     arrow("xtask", "ionian-proto", "writes its descriptors to a file"),
+    // The fuzzers' library, which is no part of the binary.
+    arrow("ionian-fuzz-harness", "ionian-domain", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-proto", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-scheduler", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-store", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-blobs", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-image", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-control", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-api", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-ingress", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-worker", "drives its decoders"),
 ];
 
 /// Who may use some crates of others.
@@ -133,7 +144,13 @@ const KEPT_OUT: &[KeptOut] = &[
     },
     KeptOut {
         crates: &["prost", "prost-types", "tonic", "tonic-prost"],
-        rule: Rule::Only(&["ionian-proto", "ionian-api", "ionian-worker", "ionian-server"]),
+        rule: Rule::Only(&[
+            "ionian-proto",
+            "ionian-api",
+            "ionian-worker",
+            "ionian-server",
+            "ionian-fuzz-harness",
+        ]),
         why: "protobuf types stop in the API and in the worker",
     },
     KeptOut {
