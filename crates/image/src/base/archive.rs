@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
+pub(crate) use entry::MAX_HEADER_RECORD_BYTES;
 use entry::{EntryInfo, ExtraHeaders, read_long_name};
 use unpacker::Unpacker;
 

@@ -24,7 +24,7 @@ use ionian_domain::image::BuiltImage;
 use oci_client::errors::OciDistributionError;
 
 pub use archive::UnpackError;
-pub(crate) use archive::{UNPACK_LIMITS, UnpackLimits};
+pub(crate) use archive::{MAX_HEADER_RECORD_BYTES, UNPACK_LIMITS, UnpackLimits};
 pub use debian::DebianConfig;
 pub use package_index::{IndexFile, PackageIndex, PackageIndexConfig, PackageIndexError};
 pub use reference::BaseReference;

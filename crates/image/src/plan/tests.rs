@@ -434,14 +434,17 @@ fn variables_cannot_grow_for_ever() {
     let doubled = format!("FROM base\nENV A={long}\nENV B=\"{}\"", "$A".repeat(100_000));
     let error = Case::default().plan(&doubled).unwrap_err();
     assert!(error.problem.contains("grows beyond"), "{error}");
-    let many = format!(
-        "FROM base\nENV A={long}\n{}",
-        (0..20).map(|i| format!("ENV A{i}=$A\n")).collect::<String>()
-    );
+    let mut many = format!("FROM base\nENV A={long}\n");
+    for variable in 0..20 {
+        writeln!(many, "ENV A{variable}=$A").unwrap();
+    }
     let error = Case::default().plan(&many).unwrap_err();
     assert!(error.problem.contains("are longer than"), "{error}");
-    let names = (0..5_000).map(|i| format!(" V{i}=")).collect::<String>();
-    let error = Case::default().plan(&format!("FROM base\nENV{names}")).unwrap_err();
+    let mut names = "FROM base\nENV".to_owned();
+    for variable in 0..5_000 {
+        write!(names, " V{variable}=").unwrap();
+    }
+    let error = Case::default().plan(&names).unwrap_err();
     assert!(error.problem.contains("more than 4096 variables"), "{error}");
 }
 
