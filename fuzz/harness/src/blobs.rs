@@ -70,7 +70,7 @@ async fn request(platform: &Platform, router: &Router, input: &mut BytesIn<'_>, 
     let kind = input.byte();
     let which = input.byte();
     let (blob, part) = (which & 3, u32::from(which >> 2));
-    if kind % 8 == 0 {
+    if kind.is_multiple_of(8) {
         // What BlobCreate does, with a declaration that is true or not.
         let content = input.short();
         let repeated = u64::from(input.byte()) + 1;
@@ -88,7 +88,7 @@ async fn request(platform: &Platform, router: &Router, input: &mut BytesIn<'_>, 
         .get(&blob)
         .copied()
         .unwrap_or_else(|| BlobId::from_digest(&[blob; 32]));
-    let expires = Timestamp::now() + Duration::from_secs(60);
+    let expires = Timestamp::now() + Duration::from_mins(1);
     let signed = |capability| platform.signer.url("", capability, expires);
     let (method, path) = match kind % 8 {
         1 => (Method::PUT, signed(Capability::PutWhole { blob_id })),

@@ -97,7 +97,9 @@ fn check_plan(plan: &BuildPlan) {
                             | PlannedMount::Cache { target, .. }
                             | PlannedMount::Tmpfs { target } => check_inside(target),
                             PlannedMount::Secret { file, .. } => {
-                                file.iter().for_each(|file| check_inside(&file.target));
+                                if let Some(file) = file {
+                                    check_inside(&file.target);
+                                }
                             }
                         }
                     }

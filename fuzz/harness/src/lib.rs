@@ -22,8 +22,10 @@ pub mod oci;
 mod platform;
 mod scratch;
 
+pub type Run = fn(&[u8]);
+
 /// Every target, for the replay of the corpora.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+pub const TARGETS: &[(&str, Run)] = &[
     ("archive", archive::run),
     ("blobs", blobs::run),
     ("dockerfile", dockerfile::run),

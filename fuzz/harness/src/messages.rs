@@ -66,7 +66,7 @@ fn lines(mut input: BytesIn<'_>) {
     while !input.is_empty() {
         let length = input.byte();
         // Every eighth chunk is long: repeated until it exceeds a piece.
-        chunks.push((input.take(usize::from(length)), length % 3 == 0));
+        chunks.push((input.take(usize::from(length)), length.is_multiple_of(3)));
     }
     let whole: Vec<u8> = chunks.iter().flat_map(|(chunk, _)| chunk.iter().copied()).collect();
     let pieces = ionian_worker::fuzzing::split(chunks.iter().copied());
@@ -162,7 +162,7 @@ fn data_channel(mut input: BytesIn<'_>) {
                 }
             }
             3 => {
-                let poll = channels.next_input(container, std::time::Duration::from_secs(60));
+                let poll = channels.next_input(container, std::time::Duration::from_mins(1));
                 let _pending = poll.now_or_never();
             }
             4 => {

@@ -27,7 +27,7 @@ use crate::bytes_in::BytesIn;
 use crate::{logs, scratch};
 
 /// For what must happen, however loaded the machine is.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Programs in a wheel are decompressed; the fuzzer's archives are small, and so is what may come out.
 const MAX_WHEEL_OUT: u64 = 1 << 30;
 

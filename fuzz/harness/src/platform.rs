@@ -53,6 +53,7 @@ pub(crate) struct Platform {
     pub(crate) token_id: String,
     /// Of the containers of `plain`, `generator` and `web`.
     pub(crate) credentials: Vec<String>,
+    store: Store,
     cancel: CancellationToken,
     essential: JoinSet<()>,
     _worker: JoinSet<()>,
@@ -93,6 +94,7 @@ impl Platform {
             ids: BTreeMap::new(),
             token_id,
             credentials: Vec::new(),
+            store,
             cancel,
             essential: started.essential,
             _worker: worker,
@@ -114,6 +116,7 @@ impl Platform {
     pub(crate) async fn stop(mut self) {
         self.cancel.cancel();
         self.essential.shutdown().await;
+        self.store.close().await;
     }
 
     /// Sends a request to the service. Here alone, and with one type of body: the service is generic over it, and takes
@@ -260,7 +263,6 @@ impl Platform {
                     content_md5: "XUFAKrxLKna5cZ2REBfFkg==".to_owned(),
                     content_sha256_base64: "LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=".to_owned(),
                     content_length: 5,
-                    ..Default::default()
                 },
             )
             .await;

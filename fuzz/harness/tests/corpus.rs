@@ -1,6 +1,6 @@
 //! Replays the checked-in corpora: every input that once found a new way through the code, and every fixed finding.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Panics in tasks are lost with their tasks; a fuzzer counts them, too.
@@ -17,14 +17,14 @@ fn replay(target: &str) {
         .find(|(name, _)| *name == target)
         .expect("the target exists");
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../corpus").join(target);
-    let mut inputs: Vec<_> = std::fs::read_dir(&folder)
+    let mut inputs: Vec<PathBuf> = std::fs::read_dir(&folder)
         .unwrap_or_else(|error| panic!("{}: {error}", folder.display()))
-        .map(|entry| entry.unwrap().path())
+        .map(|entry| entry.expect("the corpus can be listed").path())
         .collect();
     inputs.sort();
     assert!(!inputs.is_empty(), "the corpus of {target} is empty");
     for input in inputs {
-        run(&std::fs::read(&input).unwrap());
+        run(&std::fs::read(&input).expect("the corpus can be read"));
         assert_eq!(
             PANICS.load(Ordering::SeqCst),
             0,

@@ -241,7 +241,8 @@ impl<'a> StagePlanner<'a> {
                     script = Some(only.content.clone());
                     vec![SCRIPT_TARGET.to_owned()]
                 } else {
-                    self.argv(&CommandLine::Shell(only.content.clone()))
+                    // An empty script is one that does nothing.
+                    self.shell().into_iter().chain([only.content.clone()]).collect()
                 }
             }
             // The shell understands heredocs itself.

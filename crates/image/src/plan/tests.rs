@@ -459,3 +459,16 @@ fn a_plan_cannot_grow_for_ever() {
     let error = Case::default().plan(&text).unwrap_err();
     assert!(error.problem.contains("amount to more than"), "{error}");
 }
+
+#[test]
+fn an_empty_script_runs_and_does_nothing() {
+    let plan = Case::default().plan("FROM base\nRUN <<EOF\nEOF\n").unwrap();
+    let Some(Work {
+        action: Action::Run(run),
+        ..
+    }) = &plan.stages[0].steps[0].work
+    else {
+        panic!("not a RUN");
+    };
+    assert_eq!(run.argv, ["/bin/sh", "-c", ""]);
+}
