@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench bench-durability bench-neighbours simulate chaos lint fmt clean
+.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench bench-durability bench-neighbours simulate chaos fuzz lint fmt clean
 
 PYTHON := .venv-1.6.4/bin/python
 
@@ -42,7 +42,12 @@ test-e2e: build ## Only the end-to-end tests; PYTEST='-k name' chooses
 	@$(PYTHON) scripts/test e2e
 
 test-all: setup build ## What takes long, too
-	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust
+	@scripts/setup fuzz
+	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust fuzz
+
+fuzz: ## Fuzz every decoder that strangers reach; FUZZ_SECONDS=600 for each, FUZZ='grpc oci' chooses
+	@scripts/setup system fuzz
+	@scripts/fuzz $(FUZZ)
 
 simulate: ## The scheduler against worlds in which everything dies; IONIAN_SIM_SEEDS=200000 says how many
 	@IONIAN_SIM_SEEDS=$${IONIAN_SIM_SEEDS:-200000} cargo test --release --locked -p ionian-scheduler --lib \
@@ -54,6 +59,12 @@ bench: setup build ## Ratios against bare programs, taken in one run
 bench-durability: setup build ## Acknowledged inputs per second against the disk's syncs, taken in one run
 	@cargo build --release --locked -p ionian-loadgen
 	@$(PYTHON) benches/durability
+
+bench-neighbours: setup build ## What a greedy function costs another one, taken in one run
+	@$(PYTHON) benches/neighbours
+
+chaos: setup build ## Kill server, workers and containers under load, and look for what was lost; CHAOS='--rounds 50'
+	@cd e2e && ../$(PYTHON) -m chaos.matrix $(CHAOS)
 
 lint: ## What must hold before a commit
 	@scripts/setup venvs
@@ -71,4 +82,5 @@ fmt: ## Format everything
 
 clean: ## Remove what was built; layers of images and environments stay (they are in .cache and .venv-*)
 	cargo clean
+	rm -rf fuzz/target
 	rm -rf e2e/.state

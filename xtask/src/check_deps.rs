@@ -114,6 +114,17 @@ const ARROWS: &[Arrow] = &[
     arrow("ionian-powerloss", "ionian-domain", "names what it looks for"),
     arrow("ionian-powerloss", "ionian-store", "opens what a power cut left"),
     arrow("ionian-powerloss", "ionian-blobs", "opens what a power cut left"),
+    // The fuzzers' library, which is no part of the binary.
+    arrow("ionian-fuzz-harness", "ionian-domain", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-proto", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-scheduler", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-store", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-blobs", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-image", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-control", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-api", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-ingress", "drives its decoders"),
+    arrow("ionian-fuzz-harness", "ionian-worker", "drives its decoders"),
 ];
 
 /// Who may use some crates of others.
@@ -144,6 +155,7 @@ const KEPT_OUT: &[KeptOut] = &[
             "ionian-worker",
             "ionian-server",
             "ionian-loadgen",
+            "ionian-fuzz-harness",
         ]),
         why: "protobuf types stop in the API and in the worker",
     },

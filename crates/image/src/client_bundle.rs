@@ -485,6 +485,14 @@ fn shorten(text: &str) -> String {
     text[start..].to_owned()
 }
 
+/// For the fuzzers.
+pub(crate) fn fuzz(text: &str) {
+    let _platform = parse_probe(text);
+    if let Ok(version) = check_version(text) {
+        assert!(version.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'.'));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,11 +11,8 @@ use std::path::{Component, Path, PathBuf};
 use rustix::fs::{Timespec, Timestamps};
 use tar::EntryType;
 
+use crate::base::{MAX_HEADER_RECORD_BYTES, UNPACK_LIMITS, UnpackLimits};
 use crate::rooted::{Attributes, Rooted};
-
-/// What an archive may unpack to; as for layers of base images.
-const MAX_UNPACKED_BYTES: u64 = 64 << 30;
-const MAX_ENTRIES: u64 = 4_000_000;
 
 /// A tar archive begins with a header of this size.
 const TAR_BLOCK: usize = 512;
@@ -90,7 +87,23 @@ pub(crate) fn extract(
     destination: &Path,
     owner: Option<(u32, u32)>,
 ) -> Result<(), ExtractError> {
-    let limited = reader(archive, file)?.take(MAX_UNPACKED_BYTES);
+    extract_within(UNPACK_LIMITS, archive, file, root, destination, owner)
+}
+
+pub(crate) fn extract_within(
+    limits: UnpackLimits,
+    archive: Archive,
+    file: &File,
+    root: &Rooted,
+    destination: &Path,
+    owner: Option<(u32, u32)>,
+) -> Result<(), ExtractError> {
+    let UnpackLimits {
+        bytes: max_bytes,
+        entries: max_entries,
+    } = limits;
+    check_records(archive, file, max_bytes)?;
+    let limited = reader(archive, file)?.take(max_bytes);
     let mut entries = tar::Archive::new(limited);
     let (dir_uid, dir_gid) = owner.unwrap_or((0, 0));
     put(root.ensure_dir(destination, &Attributes::new(0o755, dir_uid, dir_gid)))?;
@@ -101,9 +114,9 @@ pub(crate) fn extract(
         count += 1;
         // A sparse file may claim any size without holding it in the archive.
         bytes = bytes.saturating_add(entry.size());
-        if count > MAX_ENTRIES || bytes > MAX_UNPACKED_BYTES {
+        if count > max_entries || bytes > max_bytes {
             return Err(ExtractError::Refused(format!(
-                "it has more than {MAX_ENTRIES} entries or {MAX_UNPACKED_BYTES} bytes"
+                "it has more than {max_entries} entries or {max_bytes} bytes"
             )));
         }
         let name = relative(&entry.path_bytes())?;
@@ -148,6 +161,26 @@ pub(crate) fn extract(
             _ => return Err(refused(&name, "is of a kind that is not supported")),
         }
     }
+    Ok(())
+}
+
+/// Refuses header records (long names, extended headers) that the library would read into memory whole. It knows no
+/// limit for them, and a compressed gigabyte is a small file; so they are looked at before it does.
+fn check_records(archive: Archive, mut file: &File, max_bytes: u64) -> Result<(), ExtractError> {
+    let mut entries = tar::Archive::new(reader(archive, file)?.take(max_bytes));
+    for entry in entries.entries()?.raw(true) {
+        let entry = entry?;
+        let is_record = matches!(
+            entry.header().entry_type(),
+            EntryType::XHeader | EntryType::GNULongName | EntryType::GNULongLink
+        );
+        if is_record && entry.size() > MAX_HEADER_RECORD_BYTES {
+            return Err(ExtractError::Refused(format!(
+                "it has a header record of more than {MAX_HEADER_RECORD_BYTES} bytes"
+            )));
+        }
+    }
+    file.rewind()?;
     Ok(())
 }
 
@@ -265,6 +298,22 @@ mod tests {
         assert!(result.is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
         drop(dir);
+    }
+
+    #[test]
+    fn a_name_of_gigabytes_is_refused_before_it_is_read() {
+        let mut bytes = archive(&[("ok", EntryType::Regular, "")]);
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(MAX_HEADER_RECORD_BYTES + 1);
+        header.set_cksum();
+        // In front of the two empty blocks that end an archive.
+        bytes.truncate(TAR_BLOCK);
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.resize(bytes.len() + 4 * TAR_BLOCK, b'a');
+        let (_dir, result) = unpack(&bytes);
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("header record"), "{error}");
     }
 
     #[test]

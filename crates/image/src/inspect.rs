@@ -280,6 +280,13 @@ fn distribution(name: &OsStr) -> Option<(String, String)> {
         .then(|| (name.to_ascii_lowercase().replace(['_', '.'], "-"), version.to_owned()))
 }
 
+/// For the fuzzers.
+pub(crate) fn fuzz(output: &[u8]) {
+    let _answer = parse(output);
+    let _version = glibc_version(output);
+    let _distribution = distribution(std::os::unix::ffi::OsStrExt::from_bytes(output));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -16,6 +16,8 @@ mod copy;
 pub mod dockerfile;
 mod engine;
 mod extract;
+#[doc(hidden)]
+pub mod fuzzing;
 mod inspect;
 pub mod layers;
 mod output;

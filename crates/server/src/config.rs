@@ -200,6 +200,7 @@ fn text_of(value: &toml::Value) -> Result<String, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Setting;
 
     #[test]
     fn all_mistakes_are_reported_at_once() {
@@ -220,6 +221,26 @@ mod tests {
                 .unwrap_or_else(|e| panic!("{}.{}: {e}", setting.section, setting.key));
         }
         assert_eq!(format!("{documented:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn a_file_that_nests_for_ever_is_a_mistake() {
+        let mut mistakes = Vec::new();
+        let text = format!("[server]\nlisten = {}", "[".repeat(100_000));
+        apply_file(&mut Config::default(), &text, &mut mistakes);
+        assert_eq!(mistakes.len(), 1);
+    }
+
+    proptest::proptest! {
+        /// Whatever an operator's file holds, it is read or its mistakes are told.
+        #[test]
+        fn no_file_is_too_strange(at in 0..SETTINGS.len(), value in "\\PC{0,40}", rest in "(?s).{0,80}") {
+            let Setting { section, key, .. } = SETTINGS[at];
+            for text in [format!("[{section}]\n{key} = {value}\n{rest}"), format!("[{section}]\n{key} = {value:?}")] {
+                apply_file(&mut Config::default(), &text, &mut Vec::new());
+            }
+            let _mistake = (SETTINGS[at].apply)(&mut Config::default(), &value);
+        }
     }
 
     #[test]

@@ -23,6 +23,8 @@ mod container;
 pub mod content;
 pub mod doctor;
 pub mod forwarder;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hook;
 mod image_files;
 mod launch;

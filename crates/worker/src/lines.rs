@@ -1,7 +1,7 @@
 //! Bytes of a pipe into pieces of text: lines, and parts of lines that are long or late.
 
 /// Longer lines come in pieces: one log entry must fit a message and a screen.
-pub(crate) const MAX_PIECE_BYTES: usize = 64 * 1024;
+pub const MAX_PIECE_BYTES: usize = 64 * 1024;
 
 /// Cuts one stream into lines. Bytes that are not UTF-8 are replaced; a character is never cut in two.
 #[derive(Debug, Default)]

@@ -16,13 +16,23 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tar::EntryType;
 
+pub(crate) use entry::MAX_HEADER_RECORD_BYTES;
 use entry::{EntryInfo, ExtraHeaders, read_long_name};
 use unpacker::Unpacker;
 
-/// What one layer may unpack to. CUDA images have layers of 5 GiB; more than ten times that is a bomb.
-const MAX_UNPACKED_BYTES: u64 = 64 << 30;
-/// A full Anaconda has 300,000 files.
-const MAX_ENTRIES: u64 = 4_000_000;
+/// What one archive may unpack to.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct UnpackLimits {
+    pub(crate) bytes: u64,
+    pub(crate) entries: u64,
+}
+
+/// CUDA images have layers of 5 GiB; more than ten times that is a bomb. A full Anaconda has 300,000 files.
+pub(crate) const UNPACK_LIMITS: UnpackLimits = UnpackLimits {
+    bytes: 64 << 30,
+    entries: 4_000_000,
+};
+
 const COPY_BUFFER_BYTES: usize = 256 * 1024;
 
 #[derive(Debug, thiserror::Error)]
@@ -61,13 +71,23 @@ pub(super) fn unpack_layer(
     target: &Path,
     lowers: &[PathBuf],
 ) -> Result<Unpacked, UnpackError> {
-    let mut content = ContentReader::new(decompressor(blob)?);
-    let unpacked = unpack_tar(&mut content, target, lowers);
+    unpack_layer_within(UNPACK_LIMITS, blob, diff_id, target, lowers)
+}
+
+pub(super) fn unpack_layer_within(
+    limits: UnpackLimits,
+    blob: File,
+    diff_id: &str,
+    target: &Path,
+    lowers: &[PathBuf],
+) -> Result<Unpacked, UnpackError> {
+    let mut content = ContentReader::new(decompressor(blob)?, limits.bytes);
+    let unpacked = unpack_tar(&mut content, limits.entries, target, lowers);
     let entries = match unpacked {
         Ok(entries) => entries,
         Err(_) if content.exceeded() => {
             return Err(UnpackError::TooLarge {
-                limit: MAX_UNPACKED_BYTES,
+                limit: limits.bytes,
                 what: "bytes",
             });
         }
@@ -128,19 +148,21 @@ struct ContentReader<R> {
     inner: R,
     hash: Sha256,
     count: u64,
+    limit: u64,
 }
 
 impl<R: Read> ContentReader<R> {
-    fn new(inner: R) -> Self {
+    fn new(inner: R, limit: u64) -> Self {
         Self {
             inner,
             hash: Sha256::new(),
             count: 0,
+            limit,
         }
     }
 
     fn exceeded(&self) -> bool {
-        self.count > MAX_UNPACKED_BYTES
+        self.count > self.limit
     }
 
     fn digest(self) -> String {
@@ -160,7 +182,7 @@ impl<R: Read> Read for ContentReader<R> {
     }
 }
 
-fn unpack_tar(content: impl Read, target: &Path, lowers: &[PathBuf]) -> Result<u64, UnpackError> {
+fn unpack_tar(content: impl Read, max_entries: u64, target: &Path, lowers: &[PathBuf]) -> Result<u64, UnpackError> {
     let mut unpacker = Unpacker::open(target, lowers)?;
     let mut archive = tar::Archive::new(content);
     let mut extra = ExtraHeaders::default();
@@ -176,9 +198,9 @@ fn unpack_tar(content: impl Read, target: &Path, lowers: &[PathBuf]) -> Result<u
             EntryType::XGlobalHeader => {}
             _ => {
                 count += 1;
-                if count > MAX_ENTRIES {
+                if count > max_entries {
                     return Err(UnpackError::TooLarge {
-                        limit: MAX_ENTRIES,
+                        limit: max_entries,
                         what: "entries",
                     });
                 }

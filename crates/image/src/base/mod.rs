@@ -9,6 +9,7 @@
 
 mod archive;
 pub mod debian;
+pub(crate) mod fuzzing;
 mod layout;
 mod oci;
 pub mod package_index;
@@ -23,8 +24,9 @@ use ionian_domain::image::BuiltImage;
 use oci_client::errors::OciDistributionError;
 
 pub use archive::UnpackError;
+pub(crate) use archive::{MAX_HEADER_RECORD_BYTES, UNPACK_LIMITS, UnpackLimits};
 pub use debian::DebianConfig;
-pub use package_index::{PackageIndex, PackageIndexConfig, PackageIndexError};
+pub use package_index::{IndexFile, PackageIndex, PackageIndexConfig, PackageIndexError};
 pub use reference::BaseReference;
 pub use registry::{RegistryConfig, RegistryCredentials};
 

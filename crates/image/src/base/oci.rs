@@ -269,6 +269,13 @@ fn run_config(config: RunConfig) -> ImageConfig {
     }
 }
 
+/// For the fuzzers: what an image's configuration comes to.
+pub(super) fn fuzz_config(json: &[u8]) -> Option<ImageConfig> {
+    let config: ConfigFile = serde_json::from_slice(json).ok()?;
+    let _keys = chain_keys(&config.rootfs.diff_ids);
+    Some(run_config(config.config.unwrap_or_default()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -142,13 +142,7 @@ impl PackageIndex {
                 return Err(page_error("it is too long".to_owned()));
             }
         }
-        // By content, not by its declared type, which proxies rewrite.
-        let first = page.iter().find(|byte| !byte.is_ascii_whitespace());
-        if first == Some(&b'{') {
-            parse_json(&page, &base).map_err(|error| page_error(error.to_string()))
-        } else {
-            Ok(parse_html(&String::from_utf8_lossy(&page), &base))
-        }
+        parse_page(&page, &base).map_err(|error| page_error(error.to_string()))
     }
 
     /// Downloads a file and verifies it. The result has no name and is at its start.
@@ -214,6 +208,16 @@ fn redacted(url: &str) -> String {
     match url.rsplit_once('@') {
         Some((_, host)) => format!("…@{host}"),
         None => url.to_owned(),
+    }
+}
+
+/// By content, not by its declared type, which proxies rewrite.
+pub(super) fn parse_page(page: &[u8], base: &Url) -> Result<Vec<IndexFile>, serde_json::Error> {
+    let first = page.iter().find(|byte| !byte.is_ascii_whitespace());
+    if first == Some(&b'{') {
+        parse_json(page, base)
+    } else {
+        Ok(parse_html(&String::from_utf8_lossy(page), base))
     }
 }
 

@@ -205,7 +205,7 @@ fn parse_wheel_name(filename: &str, arch: &str) -> Option<(Version, u8)> {
 }
 
 /// Takes the programs out of the wheel into `target`, executable by everyone.
-fn extract_programs(wheel: File, target: &Path) -> io::Result<()> {
+pub(super) fn extract_programs(wheel: File, target: &Path) -> io::Result<()> {
     let mut wheel = zip::ZipArchive::new(wheel).map_err(io::Error::other)?;
     for program in PROGRAMS {
         // The only names that are written are ours, so nothing in the archive can lead elsewhere.
@@ -236,6 +236,11 @@ fn extract_programs(wheel: File, target: &Path) -> io::Result<()> {
         file.set_permissions(std::fs::Permissions::from_mode(0o755))?;
     }
     Ok(())
+}
+
+/// For the fuzzers: the name of the file that a tag means.
+pub(super) fn fuzz_choice(files: &[IndexFile], tag: &str) -> Option<String> {
+    choose(files, &Wanted::parse(tag)?).map(|(_, file)| file.filename.clone())
 }
 
 #[cfg(test)]

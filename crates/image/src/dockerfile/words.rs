@@ -148,6 +148,9 @@ impl Lexer<'_> {
     fn double_quoted(&mut self, out: &mut String) -> Result<(), WordError> {
         self.at += 1;
         loop {
+            if out.len() > MAX_VALUE_BYTES {
+                return Err(WordError::TooLong { word: self.shown() });
+            }
             match self.peek() {
                 Some('"') => {
                     self.at += 1;

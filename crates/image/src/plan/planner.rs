@@ -1,6 +1,6 @@
 //! The steps of one stage: what every instruction does to the configuration, and what makes a layer.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ionian_domain::image::ImageConfig;
 
@@ -15,6 +15,17 @@ use crate::layers::layer_key;
 /// More arguments than this are a mistake.
 const MAX_ARGUMENTS: usize = 4096;
 
+/// More variables than this are one, too.
+const MAX_VARIABLES: usize = 4096;
+
+/// Names and values of all variables and arguments together. `execve` refuses longer environments; and every `RUN`
+/// has a copy.
+const MAX_ENVIRONMENT_BYTES: usize = 1024 * 1024;
+
+/// What the steps of one plan may amount to, in the form that their identities are made of: a step is as large as its
+/// environment, or as the list of files that it copies.
+pub(super) const MAX_PLAN_BYTES: usize = 256 * 1024 * 1024;
+
 /// The state of a stage while its instructions go by.
 pub(super) struct StagePlanner<'a> {
     outline: &'a Outline,
@@ -27,6 +38,8 @@ pub(super) struct StagePlanner<'a> {
     pending: Vec<String>,
     pending_since: Option<usize>,
     steps: Vec<Step>,
+    /// What is left of [`MAX_PLAN_BYTES`] for this stage and the ones behind it.
+    budget: &'a mut usize,
 }
 
 impl<'a> StagePlanner<'a> {
@@ -35,8 +48,10 @@ impl<'a> StagePlanner<'a> {
         stage: &'a StageOutline,
         inputs: &'a PlanInputs<'a>,
         config: ImageConfig,
+        budget: &'a mut usize,
     ) -> Self {
         Self {
+            budget,
             outline,
             stage,
             inputs,
@@ -96,9 +111,9 @@ impl<'a> StagePlanner<'a> {
         Ok(())
     }
 
-    pub(super) fn finish(mut self) -> (Vec<Step>, ImageConfig) {
-        self.flush_directories();
-        (self.steps, self.config)
+    pub(super) fn finish(mut self) -> Result<(Vec<Step>, ImageConfig), String> {
+        self.flush_directories()?;
+        Ok((self.steps, self.config))
     }
 
     fn instruction(&mut self, kind: &InstructionKind, number: usize) -> Result<Option<Work>, String> {
@@ -107,15 +122,15 @@ impl<'a> StagePlanner<'a> {
             InstructionKind::From { .. } | InstructionKind::Inert => {}
             InstructionKind::Run(run) => {
                 let action = Action::Run(self.run(run)?);
-                return Ok(Some(self.work(action)));
+                return self.work(action).map(Some);
             }
             InstructionKind::Copy(copy) => {
                 let action = Action::Copy(transfer::plan(self, copy, false)?);
-                return Ok(Some(self.work(action)));
+                return self.work(action).map(Some);
             }
             InstructionKind::Add(add) => {
                 let action = Action::Copy(transfer::plan(self, add, true)?);
-                return Ok(Some(self.work(action)));
+                return self.work(action).map(Some);
             }
             InstructionKind::Env(pairs) => {
                 // All of one line see the environment before it.
@@ -129,7 +144,11 @@ impl<'a> StagePlanner<'a> {
                         Some(entry) => entry.1 = value,
                         None => self.config.env.push((name, value)),
                     }
+                    if self.config.env.len() > MAX_VARIABLES {
+                        return Err(format!("an image has more than {MAX_VARIABLES} variables"));
+                    }
                 }
+                self.check_environment()?;
             }
             InstructionKind::Label(pairs) => {
                 // No part of our image configuration; expanded to report mistakes.
@@ -157,6 +176,7 @@ impl<'a> StagePlanner<'a> {
                         return Err(format!("a stage has more than {MAX_ARGUMENTS} arguments"));
                     }
                 }
+                self.check_environment()?;
             }
             InstructionKind::Workdir(word) => {
                 let path = join_path(&self.workdir(), &self.expand(word)?);
@@ -221,7 +241,8 @@ impl<'a> StagePlanner<'a> {
                     script = Some(only.content.clone());
                     vec![SCRIPT_TARGET.to_owned()]
                 } else {
-                    self.argv(&CommandLine::Shell(only.content.clone()))
+                    // An empty script is one that does nothing.
+                    self.shell().into_iter().chain([only.content.clone()]).collect()
                 }
             }
             // The shell understands heredocs itself.
@@ -237,11 +258,9 @@ impl<'a> StagePlanner<'a> {
             }
         };
         let mut env = self.config.env.clone();
-        for (name, value) in &self.args {
-            if env.iter().all(|(other, _)| other != name) {
-                env.push((name.clone(), value.clone()));
-            }
-        }
+        let set: BTreeSet<&str> = self.config.env.iter().map(|(name, _)| name.as_str()).collect();
+        let args = self.args.iter().filter(|(name, _)| !set.contains(name.as_str()));
+        env.extend(args.map(|(name, value)| (name.clone(), value.clone())));
         if env.iter().all(|(name, _)| name != "PATH") {
             env.push(("PATH".to_owned(), DEFAULT_PATH.to_owned()));
         }
@@ -352,27 +371,41 @@ impl<'a> StagePlanner<'a> {
         }
     }
 
-    fn work(&mut self, action: Action) -> Work {
+    fn check_environment(&self) -> Result<(), String> {
+        let variables = self.config.env.iter().map(|(name, value)| name.len() + value.len());
+        let arguments = self.args.iter().map(|(name, value)| name.len() + value.len());
+        if variables.chain(arguments).sum::<usize>() > MAX_ENVIRONMENT_BYTES {
+            return Err(format!(
+                "the variables and arguments are longer than {MAX_ENVIRONMENT_BYTES} bytes together"
+            ));
+        }
+        Ok(())
+    }
+
+    fn work(&mut self, action: Action) -> Result<Work, String> {
         let directories = std::mem::take(&mut self.pending);
         self.pending_since = None;
-        let identity = self.identity(&directories, &action);
-        Work {
+        let identity = self.identity(&directories, &action)?;
+        Ok(Work {
             directories,
             action,
             identity,
-        }
+        })
     }
 
     /// What no later step makes is made by the first `WORKDIR` that asked.
-    fn flush_directories(&mut self) {
-        let Some(since) = self.pending_since.take() else { return };
-        let work = self.work(Action::Directories);
+    fn flush_directories(&mut self) -> Result<(), String> {
+        let Some(since) = self.pending_since.take() else {
+            return Ok(());
+        };
+        let work = self.work(Action::Directories)?;
         if let Some(step) = self.steps.iter_mut().find(|step| step.number == since) {
             step.work = Some(work);
         }
+        Ok(())
     }
 
-    fn identity(&self, directories: &[String], action: &Action) -> String {
+    fn identity(&mut self, directories: &[String], action: &Action) -> Result<String, String> {
         let (secrets, settings) = match action {
             Action::Run(_) => (self.inputs.secret_names, self.inputs.trust.result_settings()),
             Action::Copy(_) | Action::Directories => (&[][..], Vec::new()),
@@ -384,7 +417,14 @@ impl<'a> StagePlanner<'a> {
             "secrets": secrets,
             "settings": settings,
         });
-        layer_key(&[ENGINE_VERSION, &described.to_string()])
+        let described = described.to_string();
+        *self.budget = self.budget.checked_sub(described.len()).ok_or_else(|| {
+            format!(
+                "the steps amount to more than {MAX_PLAN_BYTES} bytes together: use fewer RUN lines, fewer files, or \
+                 shorter variables"
+            )
+        })?;
+        Ok(layer_key(&[ENGINE_VERSION, &described]))
     }
 }
 

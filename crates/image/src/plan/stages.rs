@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ionian_domain::image::ImageConfig;
 
-use super::planner::StagePlanner;
+use super::planner::{MAX_PLAN_BYTES, StagePlanner};
 use super::{BuildPlan, DockerfileError, ImageUse, LayersSource, PlanInputs, StagePlan};
 use crate::dockerfile::{Dockerfile, InstructionKind, RunMount, Transfer, words};
 
@@ -259,6 +259,7 @@ impl Outline {
     pub(crate) fn plan(&self, inputs: &PlanInputs<'_>) -> Result<BuildPlan, DockerfileError> {
         let mut stages: Vec<StagePlan> = Vec::new();
         let mut number = 0;
+        let mut budget = MAX_PLAN_BYTES;
         for stage in &self.stages {
             let base_config = match &stage.base {
                 StageBase::Scratch => ImageConfig::default(),
@@ -266,13 +267,15 @@ impl Outline {
                 StageBase::Image(name) => inputs.images.get(name).cloned().unwrap_or_default(),
             };
             number += 1;
-            let mut planner = StagePlanner::new(self, stage, inputs, base_config);
+            let mut planner = StagePlanner::new(self, stage, inputs, base_config, &mut budget);
             let from_number = number;
             for instruction in &self.dockerfile.instructions[stage.instructions.clone()] {
                 number += 1;
                 planner.push(instruction, number)?;
             }
-            let (steps, config) = planner.finish();
+            let (steps, config) = planner
+                .finish()
+                .map_err(|problem| DockerfileError::at(&self.dockerfile.instructions[stage.from], problem))?;
             let layers = steps.iter().filter(|step| step.work.is_some()).count();
             if layers > MAX_LAYERS_PER_STAGE {
                 let problem = format!(

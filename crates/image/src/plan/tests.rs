@@ -426,3 +426,49 @@ proptest! {
         prop_assert_eq!(case.plan(&text), case.plan(&text));
     }
 }
+
+#[test]
+fn variables_cannot_grow_for_ever() {
+    let long = "x".repeat(120 * 1024);
+    // Within quotes, where the lexer reads on.
+    let doubled = format!("FROM base\nENV A={long}\nENV B=\"{}\"", "$A".repeat(100_000));
+    let error = Case::default().plan(&doubled).unwrap_err();
+    assert!(error.problem.contains("grows beyond"), "{error}");
+    let mut many = format!("FROM base\nENV A={long}\n");
+    for variable in 0..20 {
+        writeln!(many, "ENV A{variable}=$A").unwrap();
+    }
+    let error = Case::default().plan(&many).unwrap_err();
+    assert!(error.problem.contains("are longer than"), "{error}");
+    let mut names = "FROM base\nENV".to_owned();
+    for variable in 0..5_000 {
+        write!(names, " V{variable}=").unwrap();
+    }
+    let error = Case::default().plan(&names).unwrap_err();
+    assert!(error.problem.contains("more than 4096 variables"), "{error}");
+}
+
+#[test]
+fn a_plan_cannot_grow_for_ever() {
+    let mut text = "FROM base\n".to_owned();
+    // Eight times 120 KiB, in the environment of every RUN of every stage.
+    for variable in 0..8 {
+        writeln!(text, "ENV A{variable}={}", "x".repeat(120 * 1024)).unwrap();
+    }
+    text.push_str(&"RUN x\n".repeat(300));
+    let error = Case::default().plan(&text).unwrap_err();
+    assert!(error.problem.contains("amount to more than"), "{error}");
+}
+
+#[test]
+fn an_empty_script_runs_and_does_nothing() {
+    let plan = Case::default().plan("FROM base\nRUN <<EOF\nEOF\n").unwrap();
+    let Some(Work {
+        action: Action::Run(run),
+        ..
+    }) = &plan.stages[0].steps[0].work
+    else {
+        panic!("not a RUN");
+    };
+    assert_eq!(run.argv, ["/bin/sh", "-c", ""]);
+}

@@ -40,7 +40,7 @@ pub(super) fn plan(stage: &StagePlanner<'_>, transfer: &Transfer, extract: bool)
         }
     } else {
         let mut heredocs = transfer.heredocs.iter();
-        let (mut items, mut inline) = (Vec::new(), Vec::new());
+        let (mut items, mut inline, mut files) = (Vec::new(), Vec::new(), 0);
         for source in &transfer.sources {
             if !transfer.words_are_literal && crate::dockerfile::is_heredoc_mark(source, stage.escape()) {
                 let heredoc = heredocs.next().ok_or("a heredoc has no content")?;
@@ -57,19 +57,14 @@ pub(super) fn plan(stage: &StagePlanner<'_>, transfer: &Transfer, extract: bool)
                 ));
             }
             into_directory |= found.len() > 1;
+            files += found.iter().map(file_count).sum::<usize>();
+            // At once, not at the end: every source may name all files of the context.
+            if files > MAX_FILES {
+                return Err(format!(
+                    "{files} files are to be copied at once, and {MAX_FILES} is the most"
+                ));
+            }
             items.extend(found);
-        }
-        let files: usize = items
-            .iter()
-            .map(|item| match item {
-                ContextItem::File(_) => 1,
-                ContextItem::Directory(files) => files.len(),
-            })
-            .sum();
-        if files > MAX_FILES {
-            return Err(format!(
-                "{files} files are to be copied at once, and {MAX_FILES} is the most"
-            ));
         }
         if let Some(name) = collision(&items, &inline) {
             return Err(format!(
@@ -101,6 +96,13 @@ pub(super) fn plan(stage: &StagePlanner<'_>, transfer: &Transfer, extract: bool)
         chmod,
         extract,
     })
+}
+
+fn file_count(item: &ContextItem) -> usize {
+    match item {
+        ContextItem::File(_) => 1,
+        ContextItem::Directory(files) => files.len(),
+    }
 }
 
 /// The one file or directory of the context that a bind mount names.

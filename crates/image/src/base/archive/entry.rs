@@ -15,7 +15,7 @@ use super::UnpackError;
 
 /// Long names and extended headers are read into memory; the kernel takes no path above 4 KiB and no
 /// attribute above 64 KiB, so this leaves room for a dozen attributes.
-pub(super) const MAX_HEADER_RECORD_BYTES: u64 = 1 << 20;
+pub(crate) const MAX_HEADER_RECORD_BYTES: u64 = 1 << 20;
 
 fn read_record(entry: &mut impl Read) -> Result<Vec<u8>, UnpackError> {
     let mut record = Vec::new();
@@ -24,12 +24,16 @@ fn read_record(entry: &mut impl Read) -> Result<Vec<u8>, UnpackError> {
         .read_to_end(&mut record)
         .map_err(UnpackError::Read)?;
     if record.len() as u64 > MAX_HEADER_RECORD_BYTES {
-        return Err(UnpackError::TooLarge {
-            limit: MAX_HEADER_RECORD_BYTES,
-            what: "bytes in a header record",
-        });
+        return Err(too_large());
     }
     Ok(record)
+}
+
+fn too_large() -> UnpackError {
+    UnpackError::TooLarge {
+        limit: MAX_HEADER_RECORD_BYTES,
+        what: "bytes in a header record",
+    }
 }
 
 pub(super) fn read_long_name(entry: &mut impl Read) -> Result<Vec<u8>, UnpackError> {
@@ -50,11 +54,17 @@ pub(super) struct ExtraHeaders {
     size: Option<u64>,
     mtime_secs: Option<i64>,
     xattrs: Vec<(String, Vec<u8>)>,
+    /// Of all extended headers in front of one entry: attributes of each are kept.
+    bytes: u64,
 }
 
 impl ExtraHeaders {
     pub(super) fn read_pax(&mut self, entry: &mut impl Read) -> Result<(), UnpackError> {
         let record = read_record(entry)?;
+        self.bytes += record.len() as u64;
+        if self.bytes > MAX_HEADER_RECORD_BYTES {
+            return Err(too_large());
+        }
         for item in tar::PaxExtensions::new(&record) {
             let item = item.map_err(UnpackError::Read)?;
             let Ok(key) = item.key() else { continue };

@@ -472,6 +472,15 @@ fn header_records_without_end_are_refused() {
 }
 
 #[test]
+fn attributes_of_many_header_records_are_counted_together() {
+    let Some(mut place) = Place::new() else { return };
+    let value = vec![b'a'; usize::try_from(MAX_HEADER_RECORD_BYTES).unwrap() / 3];
+    let record: &[(&str, &[u8])] = &[("SCHILY.xattr.user.a", &value)];
+    let result = place.unpack(Tar::new().pax(record).pax(record).pax(record).pax(record).file("x", ""));
+    assert!(matches!(result, Err(UnpackError::TooLarge { .. })));
+}
+
+#[test]
 fn a_truncated_archive_is_an_error() {
     let Some(mut place) = Place::new() else { return };
     let whole = Tar::new().file("file", &"content".repeat(1000)).bytes();

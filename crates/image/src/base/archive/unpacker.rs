@@ -18,6 +18,13 @@ use super::{COPY_BUFFER_BYTES, UnpackError};
 /// As the kernel does when it follows links.
 const MAX_LINK_HOPS: u32 = 40;
 
+/// Remembered at once; a full Anaconda has 20,000. The cache begins anew beyond it.
+const MAX_KNOWN_DIRS: usize = 50_000;
+
+/// Names of directories whose time is still to be set. A full Anaconda has 2 MB of them; an archive of nothing but
+/// long names could hold as many gigabytes.
+const MAX_DIR_TIME_BYTES: usize = 256 << 20;
+
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 const OPAQUE_MARKER: &[u8] = b".wh..wh..opq";
 pub(super) const OPAQUE_XATTR: &str = "trusted.overlay.opaque";
@@ -40,6 +47,7 @@ pub(super) struct Unpacker {
     known_dirs: HashMap<PathBuf, PathBuf>,
     /// Times of directories are set last, since making their children changes them.
     dir_times: Vec<(PathBuf, i64)>,
+    dir_time_bytes: usize,
     /// The directory that the previous entry went into; archives list directories in order.
     last_parent: Option<(PathBuf, OwnedFd)>,
 }
@@ -60,6 +68,7 @@ impl Unpacker {
             lowers: lowers.iter().rev().map(|path| open(path)).collect::<Result<_, _>>()?,
             known_dirs: HashMap::new(),
             dir_times: Vec::new(),
+            dir_time_bytes: 0,
             last_parent: None,
         })
     }
@@ -100,7 +109,7 @@ impl Unpacker {
         }
         let root = self.open_dir(Path::new(""), entry)?;
         set_owner_and_mode(root.as_fd(), entry)?;
-        self.dir_times.push((PathBuf::new(), entry.mtime_secs));
+        self.time_later(PathBuf::new(), entry.mtime_secs)?;
         Ok(())
     }
 
@@ -130,7 +139,7 @@ impl Unpacker {
         if opaque {
             set_opaque(dir.as_fd(), entry)?;
         }
-        self.dir_times.push((path, entry.mtime_secs));
+        self.time_later(path, entry.mtime_secs)?;
         Ok(())
     }
 
@@ -294,7 +303,7 @@ impl Unpacker {
                         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
                         chown_path(dir.as_fd(), uid, gid, entry)?;
                         chmod_path(dir.as_fd(), stat.st_mode & 0o7777, entry)?;
-                        self.dir_times.push((candidate.clone(), stat.st_mtime));
+                        self.time_later(candidate.clone(), stat.st_mtime)?;
                         None
                     }
                     Node::Directory(_) | Node::Missing | Node::Hidden | Node::Other(..) => {
@@ -324,8 +333,23 @@ impl Unpacker {
                 }
             }
         }
+        if self.known_dirs.len() >= MAX_KNOWN_DIRS {
+            self.known_dirs.clear();
+        }
         self.known_dirs.insert(path.to_owned(), resolved.clone());
         Ok(resolved)
+    }
+
+    fn time_later(&mut self, path: PathBuf, mtime_secs: i64) -> Result<(), UnpackError> {
+        self.dir_time_bytes += path.as_os_str().len() + size_of::<(PathBuf, i64)>();
+        if self.dir_time_bytes > MAX_DIR_TIME_BYTES {
+            return Err(UnpackError::TooLarge {
+                limit: MAX_DIR_TIME_BYTES as u64,
+                what: "bytes of names of directories",
+            });
+        }
+        self.dir_times.push((path, mtime_secs));
+        Ok(())
     }
 
     /// What the layers below have at a path. A directory that a layer in between hid as a whole is seen
