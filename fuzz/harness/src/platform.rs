@@ -21,7 +21,7 @@ use ionian_control::{BuildFailure, Control, ControlConfig, Parts};
 use ionian_domain::container::{ContainerExit, ContainerStarted, RuntimeKind, StartTimings};
 use ionian_domain::image::{BuiltImage, ImageMetadata};
 use ionian_domain::log::LogStream;
-use ionian_domain::worker::{DesiredSet, DesiredState, WorkerReport};
+use ionian_domain::worker::{DesiredSet, DesiredState, WorkerCapacity, WorkerReport};
 use ionian_domain::{ContainerId, Timestamp, TokenId};
 use ionian_proto::client as pb;
 use ionian_store::Store;
@@ -368,12 +368,13 @@ fn config(dir: &std::path::Path) -> ControlConfig {
         data_dir: dir.to_owned(),
         default_scaledown_window: Duration::from_mins(10),
         client_heartbeat_timeout: Duration::from_mins(10),
-        scheduler: ionian_scheduler::Config {
+        journal: None,
+        capacity: Some(WorkerCapacity {
             cpu_millis: 64_000,
             memory_mib: 64_000,
             max_starting: 64,
-            ..ionian_scheduler::Config::default()
-        },
+        }),
+        scheduler: ionian_scheduler::Config::default(),
     }
 }
 
