@@ -48,7 +48,7 @@ enum Command {
         /// Where the worker keeps its data; not the server's directory.
         #[arg(long, value_name = "DIR")]
         data_dir: PathBuf,
-        /// The server, as in http://127.0.0.1:8800.
+        /// The server, as in `http://127.0.0.1:8800`.
         #[arg(long, value_name = "URL")]
         server: String,
         /// A file with a join token; see `ionian token new --worker`.

@@ -59,9 +59,10 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .local_addr()?
         .port();
 
-    let runtime = match config.embedded_worker {
-        true => Some(open_runtime(&config).await?),
-        false => None,
+    let runtime = if config.embedded_worker {
+        Some(open_runtime(&config).await?)
+    } else {
+        None
     };
     let network = runtime.as_ref().and_then(|runtime| runtime.network());
     // Without containers of our own, workers carry their containers' connections to loopback.
