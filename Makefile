@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench lint fmt clean
+.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench simulate lint fmt clean
 
 PYTHON := .venv-1.6.4/bin/python
 
@@ -43,6 +43,10 @@ test-e2e: build ## Only the end-to-end tests; PYTEST='-k name' chooses
 
 test-all: setup build ## What takes long, too
 	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust
+
+simulate: ## The scheduler against worlds in which everything dies; IONIAN_SIM_SEEDS=200000 says how many
+	@IONIAN_SIM_SEEDS=$${IONIAN_SIM_SEEDS:-200000} cargo test --release --locked -p ionian-scheduler --lib \
+		-- --exact tests::simulation::every_seed_keeps_the_invariants_and_comes_to_rest --nocapture
 
 bench: setup build ## Ratios against bare programs, taken in one run
 	@$(PYTHON) benches/run

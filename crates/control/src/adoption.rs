@@ -5,6 +5,7 @@
 //! given up, so that its inputs run again in another container.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use ionian_domain::call::AttemptNumber;
@@ -84,9 +85,10 @@ impl Control {
                 container.origin = None;
                 continue;
             }
-            if !origins.contains_key(&definition_id) {
-                match self.origin(container.function_id, definition_id).await {
-                    Ok(origin) => drop(origins.insert(definition_id, origin)),
+            let origin = match origins.entry(definition_id) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(unknown) => match self.origin(container.function_id, definition_id).await {
+                    Ok(origin) => unknown.insert(origin),
                     Err(error) => {
                         tracing::warn!(
                             container = %container.id,
@@ -96,10 +98,10 @@ impl Control {
                         container.origin = None;
                         continue;
                     }
-                }
-            }
+                },
+            };
             let endpoints = announced.remove(&container.id).unwrap_or_default();
-            self.restore_entry(container, &origins[&definition_id], endpoints);
+            self.restore_entry(container, origin, endpoints);
         }
         Ok(self.restore_inputs(recovered))
     }
@@ -123,7 +125,7 @@ impl Control {
             Arc::clone(&origin.function),
             container.created_at,
         ));
-        self.containers().announce(&entry, endpoints);
+        entry.announce(endpoints);
     }
 
     /// Gives restored containers the inputs that they run, so that they may speak for their calls. A generator
@@ -178,7 +180,7 @@ impl Control {
     /// A container's web hook serves these endpoints. Comes before the container is ready. The note in the
     /// record follows behind: without it, a restarted server waits for the container's next poll instead.
     pub fn announce(&self, entry: &ContainerEntry, endpoints: Vec<AnnouncedEndpoint>) {
-        self.containers().announce(entry, endpoints.clone());
+        entry.announce(endpoints.clone());
         if let Err(error) = self.web_notes().try_send((entry.id, endpoints, Timestamp::now())) {
             tracing::warn!(container = %entry.id, %error, "a container's web endpoints could not be noted");
         }

@@ -74,6 +74,10 @@ impl ContainerEntry {
         self.held.lock().values().any(|held| *held == call_id)
     }
 
+    pub(crate) fn announce(&self, endpoints: Vec<AnnouncedEndpoint>) {
+        *self.announced.lock() = endpoints;
+    }
+
     /// Holds a heartbeat until there are inputs to cancel, or for `hold`.
     pub async fn cancellations(&self, hold: Duration) -> Vec<InputId> {
         let take = || std::mem::take(&mut *self.cancels.lock());
@@ -141,10 +145,6 @@ impl Containers {
         if let Some(entry) = self.find(id) {
             *entry.address.lock() = Some(address);
         }
-    }
-
-    pub(crate) fn announce(&self, entry: &ContainerEntry, endpoints: Vec<AnnouncedEndpoint>) {
-        *entry.announced.lock() = endpoints;
     }
 
     /// Where a ready container takes requests, and how many at a time.
@@ -341,7 +341,7 @@ pub(crate) mod tests {
             method: None,
             port: 8000,
         };
-        containers.announce(&entry, vec![endpoint]);
+        entry.announce(vec![endpoint]);
         let direct = WebTarget::Direct(([10, 0, 0, 2], 8000).into());
         assert_eq!(containers.web_targets(entry.id), (1, vec![(None, direct)]));
     }

@@ -1,6 +1,7 @@
 //! The journal of a simulated life, replayed; and of a real one, where it is named:
 //! `IONIAN_REPLAY=<file> cargo nextest run -p ionian-scheduler replays_the_named_journal --no-capture`.
 
+use ionian_domain::call::{CallKind, Payload};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::Recovered;
 use ionian_domain::{ContainerId, Outcome, Timestamp};
@@ -75,11 +76,13 @@ fn contents_stay_out_of_it() {
     let mut scheduler = Scheduler::new(Config::default());
     let now = Timestamp(0);
     let mut sent = input("c", 0);
-    sent.payload.payload = ionian_domain::call::Payload::Inline(SECRET.into());
+    let bytes = SECRET.into();
+    let hexadecimal = format!("{bytes:x}");
+    sent.payload.payload = Payload::Inline(bytes);
     let events = vec![
         Event::Recovered(Recovered::default()),
         Event::CallStarted {
-            call: call("c", "f", ionian_domain::call::CallKind::Unary, now),
+            call: call("c", "f", CallKind::Unary, now),
             inputs: vec![sent],
             reply: ReplyId(1),
         },
@@ -92,7 +95,6 @@ fn contents_stay_out_of_it() {
     let mut entry = Entry::begin(now, &events);
     let turn = scheduler.handle(now, events, &mut || entry.drew(numbered::<ContainerId>(1)));
     let text = String::from_utf8(entry.end(&turn)).unwrap();
-    let hexadecimal: String = SECRET.bytes().map(|byte| format!("{byte:02x}")).collect();
     assert!(text.contains("\"call_started\"") || text.contains("CallStarted"));
     assert!(!text.contains(SECRET) && !text.contains(&hexadecimal));
 }

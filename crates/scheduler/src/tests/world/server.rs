@@ -38,7 +38,7 @@ impl World {
             Before::note(&self.scheduler.state, &std::mem::take(&mut self.early))
         };
         before.is_recovering = is_recovering;
-        before.is_cursory = !self.goes_wrong && self.turns % CALM_SAMPLE != 0;
+        before.is_cursory = !self.goes_wrong && !self.turns.is_multiple_of(CALM_SAMPLE);
         self.turns += 1;
         let next = &mut self.next_number;
         let mut entry = self.journal.is_some().then(|| Entry::begin(self.now, &events));
@@ -66,7 +66,7 @@ impl World {
             .commit(&turn.writes)
             .map_err(|sentence| format!("the record refuses a write: {sentence}"))?;
         // Costs as much as the rest of the turn together.
-        if !before.is_recovering && self.turns % RECOVERY_SAMPLE == 0 {
+        if !before.is_recovering && self.turns.is_multiple_of(RECOVERY_SAMPLE) {
             invariants::recovery(&self.scheduler.state, &self.record, self.now)?;
         }
         invariants::check(&self.scheduler.state, &self.record, self.now, &before, &turn)?;
