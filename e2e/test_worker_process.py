@@ -26,7 +26,8 @@ def worker(platform):
 
 
 def whoami(client) -> str:
-    return client.python("import modal; print(modal.Function.from_name('own-worker', 'whoami').remote())").stdout.strip()
+    code = "import modal; print(modal.Function.from_name('own-worker', 'whoami').remote())"
+    return client.python(code).stdout.strip()
 
 
 def spawn_slow(client, seconds: float) -> str:
@@ -48,7 +49,7 @@ def test_an_app_is_built_and_served_by_a_worker_of_its_own(client, worker):
     assert whoami(client).startswith("ta-")
     assert web.get_json(url)["container"].startswith("ta-")
     # What containers print takes the same way.
-    wait_until(lambda: "a request came" in client.modal("app", "logs", "own-worker", "--timestamps").output, "the log line")
+    wait_until(lambda: "a request came" in client.modal("app", "logs", "own-worker").output, "the log line")
     # The server itself has no containers, networks or layers.
     assert not (client.platform.data_dir / "containers").exists()
 

@@ -22,7 +22,8 @@ class Worker:
         """Also starts it again, on the same data."""
         assert self._process is None, "the worker runs already"
         if not self._token_file.exists():
-            self.write_token(self.platform.command("token", "new", "--worker", "--data-dir", self.platform.data_dir).stdout)
+            made = self.platform.command("token", "new", "--worker", "--data-dir", self.platform.data_dir)
+            self.write_token(made.stdout)
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 self.arguments(), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -104,12 +104,13 @@ async fn apps_images_secrets_tokens_and_urls_are_still_there_after_a_restart() {
 
     let platform = platform.restart_with(Survivors::Gone, |_| ()).await;
     assert!(platform.web.routes.borrow().by_host_label.contains_key("team--app-web"));
-    let container = platform.container(app.function("web")).await;
+    // Of the container that takes the place of the one that is gone, which is still listed for a moment.
+    let web = app.function("web");
     let spec = eventually("the specification", || async {
         let seen = platform.worker.seen.lock();
         seen.specs
             .iter()
-            .find(|(id, _)| *id == container.id)
+            .find(|(_, spec)| spec.function_id == web)
             .map(|(_, spec)| std::sync::Arc::clone(spec))
     })
     .await;
