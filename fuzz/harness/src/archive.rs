@@ -71,7 +71,7 @@ pub fn run(data: &[u8]) {
 
 impl Place {
     fn new() -> Self {
-        let base = scratch::parent().join(format!("ifz.{:010}", std::process::id()));
+        let base = scratch::for_archives();
         let _none = fs::remove_dir_all(&base);
         for dir in ["out/dir", "lower/etc", "lower/srv/app", "lower/tmp"] {
             fs::create_dir_all(base.join(dir)).unwrap();

@@ -26,7 +26,9 @@ use ionian_domain::{ContainerId, Timestamp, TokenId};
 use ionian_proto::client as pb;
 use ionian_store::Store;
 use ionian_store::tokens::TokenRecord;
+use parking_lot::Mutex;
 use prost::Message;
+use tempfile::TempDir;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -40,6 +42,7 @@ const MAX_INPUTS: u32 = 1_000;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 pub(crate) const SIGNING_KEY: [u8; 32] = [3; 32];
 const SECRET: &str = "as-secret";
+static LAST_DIRECTORY: Mutex<Option<TempDir>> = Mutex::new(None);
 const FUNCTIONS: &[&str] = &["plain", "generator", "web"];
 
 type Answer = Pin<Box<dyn Future<Output = http::Response<Body>> + Send>>;
@@ -60,7 +63,7 @@ pub(crate) struct Platform {
     /// The ingress' end of everything, kept open.
     _web: WebLink,
     inputs: u32,
-    _dir: tempfile::TempDir,
+    dir: TempDir,
 }
 
 impl Platform {
@@ -100,7 +103,7 @@ impl Platform {
             _worker: worker,
             _web: started.web,
             inputs: 0,
-            _dir: dir,
+            dir,
         };
         platform.deploy().await;
         platform
@@ -117,6 +120,9 @@ impl Platform {
         self.cancel.cancel();
         self.essential.shutdown().await;
         self.store.close().await;
+        // A build that is under way still writes its log there, which does not matter any more. So the directory stays
+        // until the next platform ends.
+        *LAST_DIRECTORY.lock() = Some(self.dir);
     }
 
     /// Sends a request to the service. Here alone, and with one type of body: the service is generic over it, and takes
