@@ -26,6 +26,7 @@ from support import paths, web
 from support.client import BUILD_SECONDS, Client
 from support.server import Platform
 from support.waiting import wait_until
+from support.worker import Worker
 
 LOAD = Path(__file__).with_name("load.py")
 # Between two kills: short enough to hit recoveries, long enough that work gets done.
@@ -57,12 +58,12 @@ def main() -> int:
     figures = Figures()
     try:
         platform.start()
-        worker = WorkerProcess(platform) if options.separate_worker else None
+        worker = Worker(platform).start() if options.separate_worker else None
         try:
             run(platform, worker, options, figures)
         finally:
             if worker:
-                worker.stop()
+                worker.destroy()
     finally:
         platform.destroy()
     report(options, figures)
@@ -73,11 +74,12 @@ def main() -> int:
     return 0
 
 
-def run(platform: Platform, worker: "WorkerProcess | None", options: argparse.Namespace, figures: Figures) -> None:
+def run(platform: Platform, worker: Worker | None, options: argparse.Namespace, figures: Figures) -> None:
     client = Client(platform, platform.state / "home")
     url = client.deploy("chaos.py", timeout=BUILD_SECONDS).url()
     assert web.get_json(url) == {"alive": True}
     chance = random.Random(options.seed)
+    data_dirs = [platform.data_dir] + ([worker.data_dir] if worker else [])
     victims = ["server", "container"] + (["worker"] if worker else [])
     mapping, spawning = Users(client, "map", options.map), Users(client, "spawn", options.spawns)
     started = time.monotonic()
@@ -94,7 +96,7 @@ def run(platform: Platform, worker: "WorkerProcess | None", options: argparse.Na
             assert worker is not None
             worker.kill()
             worker.start()
-        elif not kill_container(platform, chance):
+        elif not kill_container(data_dirs, chance):
             continue
         figures.kills[victim] = figures.kills.get(victim, 0) + 1
     print(f"{options.rounds} rounds in {time.monotonic() - started:.0f} s; waiting for the users", flush=True)
@@ -115,9 +117,9 @@ def serving(url: str) -> None:
         time.sleep(0.01)
 
 
-def kill_container(platform: Platform, chance: random.Random) -> bool:
+def kill_container(data_dirs: list[Path], chance: random.Random) -> bool:
     """Kills the first process of a random container of this platform; false if there is none."""
-    found = sorted(container_processes(platform))
+    found = sorted(container_processes(data_dirs))
     if not found:
         return False
     with contextlib.suppress(ProcessLookupError):
@@ -125,9 +127,9 @@ def kill_container(platform: Platform, chance: random.Random) -> bool:
     return True
 
 
-def container_processes(platform: Platform) -> Iterator[int]:
-    """First processes of containers: number 1 in their own namespace, with a credential for this platform."""
-    wanted = str(platform.data_dir.resolve()).encode()
+def container_processes(data_dirs: list[Path]) -> Iterator[int]:
+    """First processes of containers: number 1 in their own namespace, with mounts from these directories."""
+    wanted = [str(path.resolve()).encode() for path in data_dirs]
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -137,7 +139,7 @@ def container_processes(platform: Platform) -> Iterator[int]:
             mounts = (entry / "mountinfo").read_bytes()
         except (OSError, StopIteration):
             continue
-        if len(numbers) > 1 and numbers[-1] == "1" and wanted in mounts:
+        if len(numbers) > 1 and numbers[-1] == "1" and any(path in mounts for path in wanted):
             yield int(entry.name)
 
 
@@ -171,32 +173,6 @@ class Users:
     def spawned(self) -> dict[int, str]:
         words = [line.split() for line in self.output.read_text(errors="replace").splitlines()]
         return {int(word[1]): word[2] for word in words if len(word) == 3 and word[0] == "spawned"}
-
-
-class WorkerProcess:
-    """`ionian worker` on a data directory of its own."""
-
-    def __init__(self, platform: Platform) -> None:
-        self.platform = platform
-        self.log_file = platform.state / "worker.log"
-        self._process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        with self.log_file.open("ab") as log:
-            self._process = subprocess.Popen(
-                self.platform.worker_command(), env=self.platform.environment(), stdout=log, stderr=log
-            )
-
-    def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait()
-
-    def stop(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            self._process.terminate()
-            self._process.wait(60)
 
 
 def verify(platform: Platform, client: Client, spawning: Users, options: argparse.Namespace, figures: Figures) -> None:
