@@ -54,7 +54,7 @@ def test_nothing_is_left(client):
 def test_a_running_server_is_not_uninstalled(platform):
     refused = platform.command("uninstall", "--data-dir", platform.data_dir, "--yes", ok=False)
     assert refused.returncode != 0
-    assert "another server runs" in refused.stderr
+    assert "another process of the platform runs" in refused.stderr
     assert (platform.data_dir / "ionian.db").exists()
 
 
