@@ -257,9 +257,9 @@ def test_refused_announcement_falls_back(start, platform):
 
 
 def test_unreachable_platform_falls_back(start, platform):
-    unused = socket.create_server(("127.0.0.1", 0))
-    url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
-    unused.close()
+    # To this address there is no connection, on any machine. One that is refused would be tried for a minute: the
+    # platform may be restarting.
+    url = "http://255.255.255.255:9/"
     container = start(FASTAPI_APP, IONIAN_ANNOUNCE_URL=url, **HOOK).wait_until_ready()
     serves_by_data_channel_only(container, platform, url)
 
