@@ -145,6 +145,21 @@ id!(/// A blob.
 id!(/// An API token's public half.
     TokenId, "ak", "a token");
 
+impl InputId {
+    /// The id of one of the inputs that came with one request. They differ in their last characters only:
+    /// inputs of a request are recorded together, and ids that are neighbours in an index cost one page of it
+    /// where random ones cost a page each.
+    pub fn of_request(request: &[u8; 32], position: u16) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut suffix = suffix_of_digest(request);
+        let (_, last) = suffix.split_at_mut(SUFFIX_LENGTH - 4);
+        for (place, digit) in last.iter_mut().enumerate() {
+            *digit = DIGITS[usize::from(position >> (12 - 4 * place) & 0xf)];
+        }
+        Self(suffix)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -162,6 +177,15 @@ mod tests {
         assert!(id.parse::<FunctionId>().is_err());
         assert!(id[..24].parse::<AppId>().is_err());
         assert!("ap-!!!!!!!!!!!!!!!!!!!!!!".parse::<AppId>().is_err());
+    }
+
+    #[test]
+    fn inputs_of_a_request_are_neighbours_and_differ() {
+        let ids: Vec<InputId> = (0..=u16::MAX).map(|n| InputId::of_request(&[7; 32], n)).collect();
+        assert!(ids.is_sorted_by(|one, next| one < next));
+        assert_eq!(ids[0].suffix()[..18], ids[65_535].suffix()[..18]);
+        assert_eq!(ids[258].to_string().parse::<InputId>(), Ok(ids[258]));
+        assert_ne!(ids[0], InputId::of_request(&[8; 32], 0));
     }
 
     #[test]

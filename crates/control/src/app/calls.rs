@@ -263,17 +263,20 @@ fn names(inputs: &[NewInput]) -> Vec<(u32, InputId)> {
 /// requests, whatever a client does with its keys: a name that is recorded already must not be recorded
 /// again with other content.
 fn name_inputs(call_id: CallId, dedupe: Option<&str>, inputs: Vec<(u32, InputPayload)>) -> Vec<NewInput> {
-    let request = dedupe.map(|key| {
-        let mut hasher = Sha256::new();
-        hasher.update(digest("inputs", &format!("{call_id}\0{key}")));
-        for (index, _) in &inputs {
-            hasher.update(index.to_be_bytes());
+    let request = match dedupe {
+        Some(key) => {
+            let mut hasher = Sha256::new();
+            hasher.update(digest("inputs", &format!("{call_id}\0{key}")));
+            for (index, _) in &inputs {
+                hasher.update(index.to_be_bytes());
+            }
+            hasher.finalize().into()
         }
-        hex::encode(hasher.finalize())
-    });
-    let name = |position: usize| match &request {
-        Some(request) => InputId::from_digest(&digest("input", &format!("{request}\0{position}"))),
-        None => InputId::generate(),
+        None => rand::random(),
+    };
+    let name = |position: usize| {
+        let position = u16::try_from(position).expect("a request has at most MAX_INPUTS_PER_PUT inputs");
+        InputId::of_request(&request, position)
     };
     inputs
         .into_iter()

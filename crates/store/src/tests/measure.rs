@@ -55,6 +55,13 @@ async fn measure_turns() {
     }
     report("a call with one input", times);
 
+    let mut times = Vec::new();
+    for _ in 0..1_000 {
+        let turn = (0..32).flat_map(|_| call_with_inputs(&call(CallKind::Unary, at(1)), &new_inputs(1)));
+        times.push(commit(&test, turn.collect()).await);
+    }
+    report("32 calls with one input each", times);
+
     let (mut times, mut start_times, mut finish_times) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..20 {
         let new: Call = call(CallKind::Map, at(1));
