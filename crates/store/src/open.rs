@@ -75,6 +75,8 @@ pub(crate) async fn open(path: &Path) -> Result<(SqlitePool, SqlitePool), Failur
                 .synchronous(SqliteSynchronous::Full)
                 .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
                 .pragma("journal_size_limit", LOG_SIZE_LIMIT.to_string())
+                // What undoes a single statement with many rows, should it fail half-way: a file, else.
+                .pragma("temp_store", "MEMORY")
                 // Negative for KiB; positive would be pages.
                 .pragma("cache_size", format!("-{WRITER_CACHE_KIB}")),
         )
