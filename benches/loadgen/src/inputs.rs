@@ -18,6 +18,10 @@ use crate::{Server, disk};
 /// What the client puts into one `FunctionPutInputs`.
 const BATCH: i32 = 49;
 
+/// Functions that take the batches: one of them has no more than 100,000 inputs that wait, and a fast disk
+/// acknowledges more than that within a measurement.
+const FUNCTIONS: usize = 8;
+
 /// A small pickle: `f.remote(1, "a", key=…)` is not much longer.
 const ARGUMENT_BYTES: usize = 64;
 
@@ -66,26 +70,22 @@ pub(crate) async fn measure(
     let mut owner = first.clone();
     for number in 0..=rounds {
         let fdatasyncs_per_second = syncs(disk.to_owned(), length).await?;
-        // An app of its own for each: one function takes no more than 100,000 inputs that wait.
         let app = Box::pin(client::deploy(&mut owner, &format!("load-{number}-single"))).await?;
         let function_id = app.function_id;
-        let single = run(&clients, &Load::Single { function_id }, length).await?;
+        let single = run(&clients, &[Load::Single { function_id }], length).await?;
         client::stop(&mut owner, app.app_id).await?;
 
-        let app = Box::pin(client::deploy(&mut owner, &format!("load-{number}-batches"))).await?;
-        let call = pb::FunctionMapRequest {
-            function_id: app.function_id.clone(),
-            function_call_type: pb::FunctionCallType::Map.into(),
-            function_call_invocation_type: pb::FunctionCallInvocationType::Async.into(),
-            ..Default::default()
-        };
-        let batches = Load::Batches {
-            function_id: app.function_id,
-            call_id: owner.function_map(call).await?.into_inner().function_call_id,
-            next: Arc::default(),
-        };
-        let batches = run(&clients, &batches, length).await?;
-        client::stop(&mut owner, app.app_id).await?;
+        let mut apps = Vec::new();
+        let mut loads = Vec::new();
+        for function in 0..FUNCTIONS {
+            let app = Box::pin(client::deploy(&mut owner, &format!("load-{number}-batches-{function}"))).await?;
+            loads.push(batches(&mut owner, app.function_id).await?);
+            apps.push(app.app_id);
+        }
+        let batches = run(&clients, &loads, length).await?;
+        for app in apps {
+            client::stop(&mut owner, app).await?;
+        }
         let round = Round {
             fdatasyncs_per_second,
             single,
@@ -103,10 +103,26 @@ async fn syncs(disk: PathBuf, length: Duration) -> anyhow::Result<f64> {
     tokio::task::spawn_blocking(move || disk::syncs_per_second(&disk, length)).await?
 }
 
-async fn run(clients: &[Client], load: &Load, length: Duration) -> anyhow::Result<Rate> {
+/// A new call that takes batches.
+async fn batches(owner: &mut Client, function_id: String) -> anyhow::Result<Load> {
+    let call = pb::FunctionMapRequest {
+        function_id: function_id.clone(),
+        function_call_type: pb::FunctionCallType::Map.into(),
+        function_call_invocation_type: pb::FunctionCallInvocationType::Async.into(),
+        ..Default::default()
+    };
+    Ok(Load::Batches {
+        function_id,
+        call_id: owner.function_map(call).await?.into_inner().function_call_id,
+        next: Arc::default(),
+    })
+}
+
+/// The callers take the loads in turn.
+async fn run(clients: &[Client], loads: &[Load], length: Duration) -> anyhow::Result<Rate> {
     let begun = Instant::now();
     let mut callers = JoinSet::new();
-    for client in clients {
+    for (client, load) in clients.iter().zip(loads.iter().cycle()) {
         callers.spawn(call_until(client.clone(), load.clone(), begun + length));
     }
     let mut latencies: Vec<Duration> = Vec::new();
