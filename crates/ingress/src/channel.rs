@@ -14,7 +14,7 @@ use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use ionian_control::data_channel::{FromApp, ToApp, WebExchange, WebScope};
+use ionian_control::data_channel::{EventSender, FromApp, ToApp, WebExchange, WebScope};
 use ionian_domain::Outcome;
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::web::Route;
@@ -189,7 +189,7 @@ fn scope(exchanging: &Exchanging<'_>, request: &Request<RequestBody>, websocket:
 }
 
 /// Carries the client's body to the app, at the app's pace.
-async fn upload(mut body: Incoming, to_app: mpsc::Sender<ToApp>) {
+async fn upload(mut body: Incoming, to_app: EventSender<ToApp>) {
     let mut next = tokio::time::timeout(FIRST_CHUNK_WITHIN, body.frame()).await;
     if next.is_err() {
         if to_app

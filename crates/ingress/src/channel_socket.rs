@@ -15,8 +15,7 @@ use http::header::{
 use http::{HeaderMap, Response, StatusCode};
 use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
-use ionian_control::data_channel::{FromApp, ToApp};
-use tokio::sync::mpsc;
+use ionian_control::data_channel::{EventReceiver, EventSender, FromApp, ToApp};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
@@ -220,7 +219,7 @@ enum Ended {
 }
 
 /// Carries the client's messages to the app. Returns the code with which the client ended.
-async fn read(stream: &mut SplitStream<Socket>, to_app: &mpsc::Sender<ToApp>) -> u16 {
+async fn read(stream: &mut SplitStream<Socket>, to_app: &EventSender<ToApp>) -> u16 {
     while let Some(message) = stream.next().await {
         let event = match message {
             Ok(Message::Text(text)) => ToApp::WebsocketText(text.to_string()),
@@ -240,7 +239,7 @@ async fn read(stream: &mut SplitStream<Socket>, to_app: &mpsc::Sender<ToApp>) ->
 }
 
 /// Carries the app's messages to the client.
-async fn write(sink: &mut SplitSink<Socket, Message>, from_app: &mut mpsc::Receiver<FromApp>) -> Ended {
+async fn write(sink: &mut SplitSink<Socket, Message>, from_app: &mut EventReceiver<FromApp>) -> Ended {
     while let Some(event) = from_app.recv().await {
         let message = match event {
             FromApp::WebsocketText(text) => Message::text(text),

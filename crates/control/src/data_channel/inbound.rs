@@ -3,14 +3,16 @@
 use std::collections::VecDeque;
 
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::events::ToApp;
+use super::queue::{EventReceiver, Weight as _};
 
 /// Events kept for a stream that reconnects. It breaks only between two processes on one machine, right
 /// after it was written to, so a short tail is enough.
 const REPLAY_EVENTS: usize = 8;
+/// The same in bytes of their contents; the last event is kept whatever its size.
+const REPLAY_BYTES: usize = 4 << 20;
 /// What a websocket's app is told about a peer that vanished without a word (RFC 6455).
 const ABNORMAL_CLOSURE: u16 = 1006;
 
@@ -20,7 +22,7 @@ const ABNORMAL_CLOSURE: u16 = 1006;
 /// does: the runtime would ask again without a pause.
 #[derive(Debug)]
 pub struct Inbound {
-    receiver: tokio::sync::Mutex<mpsc::Receiver<ToApp>>,
+    receiver: tokio::sync::Mutex<EventReceiver<ToApp>>,
     replay: Mutex<Replay>,
     /// Cancelled when the exchange is over.
     pub(super) ended: CancellationToken,
@@ -36,7 +38,7 @@ struct Replay {
 }
 
 impl Inbound {
-    pub(super) fn new(receiver: mpsc::Receiver<ToApp>, is_websocket: bool) -> Self {
+    pub(super) fn new(receiver: EventReceiver<ToApp>, is_websocket: bool) -> Self {
         Self {
             receiver: tokio::sync::Mutex::new(receiver),
             replay: Mutex::default(),
@@ -96,8 +98,9 @@ impl Replay {
         self.next_index += 1;
         let entry = (self.next_index, event);
         self.recent.push_back(entry.clone());
-        if self.recent.len() > REPLAY_EVENTS {
-            self.recent.pop_front();
+        let mut bytes: usize = self.recent.iter().map(|(_, event)| event.bytes()).sum();
+        while self.recent.len() > REPLAY_EVENTS || (bytes > REPLAY_BYTES && self.recent.len() > 1) {
+            bytes -= self.recent.pop_front().map_or(0, |(_, event)| event.bytes());
         }
         entry
     }

@@ -12,6 +12,7 @@
 
 mod events;
 mod inbound;
+mod queue;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -19,24 +20,22 @@ use std::time::Duration;
 
 use ionian_domain::{CallId, ContainerId, InputId, Outcome};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, watch};
 
 pub use events::{FromApp, ToApp, WebScope};
 pub use inbound::Inbound;
+pub use queue::{EventReceiver, EventSender, Gone, NotSent};
 
+use self::queue::queue;
 use crate::containers::Containers;
-
-/// Events buffered per direction; one body chunk is at most 2 MiB, so this bounds an exchange to some
-/// tens of MiB however fast the other side is.
-const EXCHANGE_BUFFER: usize = 16;
 
 /// The ingress' end of an exchange. Dropping it tells the app that its client is gone.
 #[derive(Debug)]
 pub struct WebExchange {
     pub call_id: CallId,
     pub input_id: InputId,
-    pub to_app: mpsc::Sender<ToApp>,
-    pub from_app: mpsc::Receiver<FromApp>,
+    pub to_app: EventSender<ToApp>,
+    pub from_app: EventReceiver<FromApp>,
     /// Withdraws the request where nobody waits for its answer any more.
     _guard: ExchangeGuard,
 }
@@ -74,7 +73,7 @@ struct Exchange {
     input_id: InputId,
     /// Taken by the container's `FunctionCallGetDataIn`, which may reconnect.
     inbound: Arc<Inbound>,
-    from_app: mpsc::Sender<FromApp>,
+    from_app: EventSender<FromApp>,
     /// The highest index of `FunctionCallPutDataOut` that went through; retries repeat chunks.
     last_out_index: u64,
 }
@@ -156,22 +155,22 @@ impl DataChannels {
         method: Option<String>,
         scope: WebScope,
     ) -> Result<WebExchange, OpenError> {
-        let (to_app, receiver) = mpsc::channel(EXCHANGE_BUFFER);
-        let (from_app_sender, from_app) = mpsc::channel(EXCHANGE_BUFFER);
+        let (to_app, receiver) = queue();
+        let (from_app_sender, from_app) = queue();
         let call_id = CallId::generate();
         let input_id = InputId::generate();
         let mut state = self.state.lock();
-        let Some(queue) = state.containers.get_mut(&container_id) else {
+        let Some(container) = state.containers.get_mut(&container_id) else {
             return Err(OpenError::ContainerGone(container_id));
         };
         let inbound = Arc::new(Inbound::new(receiver, scope.websocket));
-        queue.waiting.push_back(WebInput {
+        container.waiting.push_back(WebInput {
             call_id,
             input_id,
             method,
             scope: Arc::new(scope),
         });
-        queue.arrived.notify_one();
+        container.arrived.notify_one();
         state.by_input.insert(input_id, call_id);
         state.exchanges.insert(
             call_id,
@@ -250,7 +249,7 @@ impl DataChannels {
         };
         // First room, then the index: a request that is cut off while it waits is repeated, and what it
         // did not send must not count as sent.
-        let Ok(room) = sender.reserve_owned().await else {
+        let Ok(room) = sender.reserve(&event).await else {
             // The client went away: the app's output has no reader.
             return true;
         };
@@ -326,8 +325,8 @@ impl State {
 
 /// Sends the last event without blocking the caller: where the buffer is full, a task waits for room.
 /// The task ends with the receiver, which the request's own deadline bounds.
-fn finish(sender: mpsc::Sender<FromApp>, outcome: Outcome) {
-    if let Err(mpsc::error::TrySendError::Full(event)) = sender.try_send(FromApp::Finished(outcome)) {
+fn finish(sender: EventSender<FromApp>, outcome: Outcome) {
+    if let Err(NotSent::Full(event)) = sender.try_send(FromApp::Finished(outcome)) {
         tokio::spawn(async move {
             let _gone = sender.send(event).await;
         });
