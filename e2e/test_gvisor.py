@@ -1,7 +1,9 @@
 """gVisor, for single functions and for all: the same as on runc, on a kernel of their own."""
 
 import json
+import os
 import re
+import signal
 import uuid
 from pathlib import Path
 
@@ -46,7 +48,8 @@ def result_of(client, call_id: str) -> dict:
     return json.loads(client.python(code, timeout=SLOW_SECONDS).stdout)
 
 
-def processes_of_sandbox(container: str) -> list[int]:
+def processes_of_sandbox(container: str, word: str = "runsc") -> list[int]:
+    """The programs of a container's sandbox: what runs it, or only what `word` names (`boot` is the kernel)."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -54,7 +57,7 @@ def processes_of_sandbox(container: str) -> list[int]:
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"runsc" in command and container.encode() in command:
+            if all(text in command for text in (b"runsc", word.encode(), container.encode())):
                 found.append(int(entry.name))
     return found
 
@@ -80,8 +83,11 @@ def test_functions_choose_gvisor(each_client):
 
 
 def test_a_web_endpoint_is_served_from_a_sandbox(client):
-    url = client.deploy("gvisor.py").url("site")
+    deployment = client.deploy("gvisor.py")
+    url = deployment.url("site")
     assert web.get_json(f"{url}/whoami")["kernel"] == "gvisor"
+    answer = web.request(deployment.url("plain_server"))
+    assert (answer.status, "Directory listing" in answer.text) == (200, True)
     pieces = web.stream(f"{url}/stream")
     assert next(pieces)[1] == b"first"
     # The rest is only made once this second request has come.
@@ -101,6 +107,19 @@ def test_what_a_user_does_wrong_in_a_sandbox_is_told_from_its_death(client):
     assert "killed by signal 11" in fails("signal")
     # None of it is the platform's end.
     assert call(client, "sandboxed_kernel") == "gvisor"
+
+
+def test_a_call_whose_sandbox_is_killed_runs_again_in_another(client):
+    platform = client.platform
+    client.deploy("gvisor.py")
+    first = result_of(client, spawn(client, "identify_sandboxed", 0.0))["container"]
+    call_id = spawn(client, "identify_sandboxed", 20.0)
+    for pid in processes_of_sandbox(first, "boot"):
+        os.kill(pid, signal.SIGKILL)
+    result = result_of(client, call_id)
+    assert result["container"] != first
+    assert (result["kernel"], result["served"]) == ("gvisor", 1)
+    assert "killed by signal 9" in platform.log()
 
 
 @pytest.mark.parametrize("runtime", ["kata", "process", ""])

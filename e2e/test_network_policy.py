@@ -1,10 +1,11 @@
 """What a function may reach outside is enforced, and the platform is reached in any case."""
 
 import json
+import socket
 
 import pytest
 from support import web
-from support.client import BUILD_SECONDS
+from support.client import BUILD_SECONDS, Client
 from support.gvisor import HAS_GVISOR
 from support.outside import HOST_SIDE, SERVERS, TCP_PORT, Outside
 
@@ -100,8 +101,6 @@ def test_ranges_that_allow_nothing_are_pointed_out(client):
 
 
 def test_a_server_that_cannot_keep_it_refuses_it_at_deploy(start_platform, shared_images):
-    from support.client import Client
-
     platform = start_platform({"IONIAN_RUNTIME_KIND": "process"})
     client = Client(platform, platform.state / "home")
     app = client.app("one_list.py", RANGES="10.0.0.0/8")
@@ -111,7 +110,5 @@ def test_a_server_that_cannot_keep_it_refuses_it_at_deploy(start_platform, share
 
 def test_the_stand_in_is_not_the_host(outside):
     # Nothing here listens on the same port by chance.
-    import socket
-
-    with pytest.raises(OSError):
+    with pytest.raises(ConnectionRefusedError):
         socket.create_connection((HOST_SIDE, TCP_PORT), timeout=3)

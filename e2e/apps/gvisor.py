@@ -98,6 +98,15 @@ def site():
     return web
 
 
+@app.function(experimental_options=GVISOR, max_containers=1, scaledown_window=300)
+@modal.concurrent(max_inputs=5)
+@modal.web_server(8000)
+def plain_server():
+    import subprocess
+
+    subprocess.Popen(["python", "-m", "http.server", "8000", "--directory", "/usr/share/doc"])
+
+
 @app.function(experimental_options=GVISOR, max_containers=1)
 def fail(how: str) -> None:
     if how == "raise":
