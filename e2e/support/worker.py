@@ -11,8 +11,9 @@ from support.server import STOP_SECONDS, Platform
 class Worker:
     """Start it, kill it, freeze it. `destroy` leaves nothing of it on the host."""
 
-    def __init__(self, platform: Platform, name: str = "worker") -> None:
+    def __init__(self, platform: Platform, name: str = "worker", settings: dict[str, str] | None = None) -> None:
         self.platform = platform
+        self.settings = settings or {}
         self.data_dir = platform.state / name
         self.log_file = platform.state / f"{name}.log"
         self._token_file = platform.state / f"{name}.token"
@@ -60,7 +61,7 @@ class Worker:
 
     def _environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("IONIAN_", "MODAL_"))}
-        return inherited | {"IONIAN_IMAGES_DIR": str(paths.IMAGES), "NO_COLOR": "1"}
+        return inherited | {"IONIAN_IMAGES_DIR": str(paths.IMAGES), "NO_COLOR": "1"} | self.settings
 
     def kill(self) -> None:
         assert self._process is not None
@@ -90,6 +91,9 @@ class Worker:
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def has_container(self, container: str) -> bool:
+        return (self.data_dir / "worker" / "containers" / "run" / container).exists()
 
     def destroy(self) -> None:
         if self._process is not None:

@@ -10,6 +10,7 @@ What differs from a plain `-m modal._container_entrypoint`, and nothing else doe
   images that have none. Last, so that the user's own versions win.
 - With `IONIAN_WEB_HOOK=1`, `IONIAN_DEPS` (default /__ionian/deps) is appended after it and the web hook is installed.
 - A restart of the platform does not end the runtime, and one whose container was given up ends (`resilience`).
+- The container's own address is found where the kernel does not tell it (`own_address`).
 - The runtime's own modules are imported with the garbage collector paused and are exempt from it afterwards.
 """
 
@@ -31,10 +32,12 @@ def main() -> None:
     _use_import_path_of_runtime()
     _append_client_dependencies()
     resilience = _load("resilience")
+    own_address = _load("own_address")
     _forget_own_package()
     web_hook = _load_web_hook() if os.environ.get("IONIAN_WEB_HOOK") == "1" else None
     _import_runtime()
     resilience.install()
+    own_address.install()
     if web_hook is not None:
         web_hook.install()
     # `alter_sys` makes the runtime `sys.modules["__main__"]`, spec included: multiprocessing's spawn then starts

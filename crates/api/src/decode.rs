@@ -1,5 +1,7 @@
 //! Wire to domain. Everything that comes in is checked here or below, never trusted.
 
+pub(crate) mod isolation;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -339,6 +341,8 @@ pub(crate) fn function(
         web: None,
         web_methods: Vec::new(),
         methods: function.method_definitions.keys().cloned().collect(),
+        runtime: isolation::runtime(function)?,
+        egress: isolation::egress(function)?,
         mount_client_dependencies: function.mount_client_dependencies,
         client_version: client_version.to_owned(),
         definition: Bytes::from(kept.encode_to_vec()),

@@ -76,6 +76,13 @@ impl GvisorRuntime {
     }
 }
 
+/// Where gVisor is found and how it would run, for people; or why it cannot be used.
+pub async fn probe_gvisor(config: &ContainerConfig) -> Result<String, OpenError> {
+    let program = find(config).await?;
+    let platform = program.sandboxing.map_or("no", |sandboxing| sandboxing.platform);
+    Ok(format!("{} with the {platform} platform", program.path.display()))
+}
+
 async fn find(config: &ContainerConfig) -> Result<OciProgram, OpenError> {
     let path = match &config.runsc_path {
         Some(path) => path.clone(),
@@ -84,6 +91,12 @@ async fn find(config: &ContainerConfig) -> Result<OciProgram, OpenError> {
             package: "runsc",
         })?,
     };
+    if !path.is_file() {
+        return Err(OpenError::ProgramUnusable {
+            program: path,
+            reason: "there is no such file".to_owned(),
+        });
+    }
     // runsc prints them to its standard error.
     let flags = command::run(
         "/bin/sh",

@@ -45,7 +45,7 @@ use std::sync::Arc;
 use ionian_domain::container::RuntimeKind;
 
 pub use config::{AddressPool, ContainerConfig};
-pub use gvisor::GvisorRuntime;
+pub use gvisor::{GvisorRuntime, probe_gvisor};
 pub use network::{Cidr, CidrError, Egress, Network, NetworkError};
 pub use overlay::{MountGuard, OverlayError, WritableLayer, mount_overlay};
 pub use probe::{Probe, probe};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ionian_domain::container::RuntimeKind;
+use ionian_domain::function::FunctionSpec;
 use ionian_domain::worker::WorkerCapacity;
 
 #[derive(Debug, Clone)]
@@ -16,7 +17,10 @@ pub struct ControlConfig {
     pub public_port: u16,
     /// What the client is told to build images with, unless it says otherwise.
     pub image_builder_version: String,
+    /// For functions that choose none.
     pub runtime: RuntimeKind,
+    /// Whether a function may choose a runtime that isolates less than that.
+    pub allow_weaker_runtime: bool,
     /// How containers reach us: `http://<gateway>:<port>`.
     pub container_server_url: String,
     /// Serve web endpoints by the hook; off forces the official data channel.
@@ -35,6 +39,17 @@ pub struct ControlConfig {
 }
 
 impl ControlConfig {
+    /// What containers of a function are started with. One that was deployed when the operator asked for less
+    /// gets what is asked for now.
+    pub fn runtime_of(&self, function: &FunctionSpec) -> RuntimeKind {
+        let wanted = function.runtime.unwrap_or(self.runtime);
+        if wanted.is_as_strong_as(self.runtime) || self.allow_weaker_runtime {
+            wanted
+        } else {
+            self.runtime
+        }
+    }
+
     pub fn public_url(&self, host: &str) -> String {
         let default_port = match self.public_scheme.as_str() {
             "https" => 443,

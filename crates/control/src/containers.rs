@@ -213,6 +213,7 @@ pub(crate) mod tests {
     use ionian_domain::function::{
         Autoscaler, Concurrency, ContainerUse, FunctionKind, FunctionSpec, Resources, RetryPolicy,
     };
+    use ionian_domain::network::Egress;
     use ionian_domain::web::WebSpec;
     use ionian_domain::{AppId, DefinitionId};
 
@@ -252,6 +253,8 @@ pub(crate) mod tests {
                 web,
                 web_methods: Vec::new(),
                 methods: Vec::new(),
+                runtime: None,
+                egress: Egress::Open,
                 mount_client_dependencies: true,
                 client_version: "1.6.4".to_owned(),
                 definition: Bytes::new(),

@@ -305,7 +305,7 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared>
         app_id: app.id,
         function_id: function.id,
         function_name: spec.name.clone(),
-        runtime: control.config().runtime,
+        runtime: control.config().runtime_of(spec),
         image_id,
         image: Arc::new(image),
         files,
@@ -317,6 +317,7 @@ async fn build_spec(control: &Control, entry: &DesiredEntry) -> Result<Prepared>
         client_version: spec.client_version.clone(),
         mount_client_dependencies: spec.mount_client_dependencies,
         web_hook,
+        egress: spec.egress.clone(),
     };
     let secrets = spec.secret_ids.clone();
     control.containers().insert(ContainerEntry::new(
@@ -340,7 +341,7 @@ fn adopted_spec(control: &Control, function: &Function, image_id: ImageId, image
         app_id: function.app_id,
         function_id: function.id,
         function_name: spec.name.clone(),
-        runtime: control.config().runtime,
+        runtime: control.config().runtime_of(spec),
         image_id,
         image: Arc::new(image),
         files: Vec::new(),
@@ -352,6 +353,7 @@ fn adopted_spec(control: &Control, function: &Function, image_id: ImageId, image
         client_version: spec.client_version.clone(),
         mount_client_dependencies: spec.mount_client_dependencies,
         web_hook: WebHookMode::Off,
+        egress: spec.egress.clone(),
     };
     Prepared {
         spec: Arc::new(container),

@@ -191,6 +191,13 @@ impl Effects {
                     // A full queue means that notices come faster than they are written; one more adds nothing.
                     let _full = self.notices.try_send(Notice { function_id, text });
                 }
+                Command::RuntimeMissing { function_id, runtime } => {
+                    tracing::warn!(function = %function_id, %runtime, "no worker has the runtime of a function; it waits for one");
+                    let text = format!(
+                        "no worker of this server has the runtime {runtime}: the function waits until one has\n"
+                    );
+                    let _full = self.notices.try_send(Notice { function_id, text });
+                }
             }
         }
     }

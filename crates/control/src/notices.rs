@@ -1,7 +1,7 @@
 //! What the platform itself says in apps' logs: about their functions, and about requests that were served.
 
-use ionian_domain::Timestamp;
 use ionian_domain::log::{LogEntry, LogStream};
+use ionian_domain::{ContainerId, Timestamp};
 use tokio::sync::mpsc;
 
 use crate::Control;
@@ -25,7 +25,8 @@ pub(crate) async fn write(control: Control, mut notices: mpsc::Receiver<Notice>)
     }
 }
 
-/// An entry belongs to a container: to the newest one of the function's app, which the notice is about.
+/// An entry belongs to a container: to the newest one of the function, which the notice is about; or to one that
+/// never came to be, where the notice says why.
 async fn write_notice(control: &Control, notice: &Notice) -> Result<(), Error> {
     let app_id = control.functions().get(notice.function_id).await?.app_id;
     let newest = control
@@ -33,17 +34,15 @@ async fn write_notice(control: &Control, notice: &Notice) -> Result<(), Error> {
         .containers()
         .list_by_app(app_id, NEWEST_CONTAINERS)
         .await?;
-    let Some(container) = newest
+    let container_id = newest
         .into_iter()
         .find(|container| container.function_id == notice.function_id)
-    else {
-        return Ok(());
-    };
+        .map_or_else(ContainerId::generate, |container| container.id);
     let entry = LogEntry {
         at: Timestamp::now(),
         app_id,
         function_id: notice.function_id,
-        container_id: container.id,
+        container_id,
         stream: LogStream::Info,
         text: notice.text.clone(),
     };

@@ -12,6 +12,7 @@ use crate::function::{Resources, VolumeMount};
 use crate::ids::{AppId, ContainerId, FunctionId, ImageId};
 use crate::image::{BuiltImage, ImageConfig};
 use crate::mount::MountFile;
+use crate::network::Egress;
 
 /// Which `Runtime` starts a container. Chosen, never lost by accident.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -30,6 +31,80 @@ impl fmt::Display for RuntimeKind {
             Self::Gvisor => "gvisor",
             Self::Process => "process",
         })
+    }
+}
+
+impl RuntimeKind {
+    /// By strength, weakest first.
+    pub const ALL: [Self; 3] = [Self::Process, Self::Runc, Self::Gvisor];
+
+    fn strength(self) -> u8 {
+        match self {
+            Self::Process => 0,
+            Self::Runc => 1,
+            Self::Gvisor => 2,
+        }
+    }
+
+    /// Whether it keeps a container from the host at least as well as `other` does.
+    pub fn is_as_strong_as(self, other: Self) -> bool {
+        self.strength() >= other.strength()
+    }
+}
+
+/// The runtimes that a worker has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(from = "Vec<RuntimeKind>", into = "Vec<RuntimeKind>")]
+pub struct RuntimeKinds(u8);
+
+impl RuntimeKinds {
+    pub fn contains(self, kind: RuntimeKind) -> bool {
+        self.0 & (1 << kind.strength()) != 0
+    }
+
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Weakest first.
+    pub fn iter(self) -> impl Iterator<Item = RuntimeKind> {
+        RuntimeKind::ALL.into_iter().filter(move |kind| self.contains(*kind))
+    }
+}
+
+impl FromIterator<RuntimeKind> for RuntimeKinds {
+    fn from_iter<Kinds: IntoIterator<Item = RuntimeKind>>(kinds: Kinds) -> Self {
+        Self(kinds.into_iter().fold(0, |bits, kind| bits | (1 << kind.strength())))
+    }
+}
+
+impl<const COUNT: usize> From<[RuntimeKind; COUNT]> for RuntimeKinds {
+    fn from(kinds: [RuntimeKind; COUNT]) -> Self {
+        kinds.into_iter().collect()
+    }
+}
+
+impl From<Vec<RuntimeKind>> for RuntimeKinds {
+    fn from(kinds: Vec<RuntimeKind>) -> Self {
+        kinds.into_iter().collect()
+    }
+}
+
+impl From<RuntimeKinds> for Vec<RuntimeKind> {
+    fn from(kinds: RuntimeKinds) -> Self {
+        kinds.iter().collect()
+    }
+}
+
+/// For people: `runc and gvisor`.
+impl fmt::Display for RuntimeKinds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.iter().map(|kind| kind.to_string()).collect();
+        if names.is_empty() {
+            return f.write_str("none");
+        }
+        f.write_str(&names.join(" and "))
     }
 }
 
@@ -58,6 +133,8 @@ pub struct ContainerSpec {
     pub mount_client_dependencies: bool,
     /// How the web hook should behave.
     pub web_hook: WebHookMode,
+    /// What it may reach outside, beside the platform.
+    pub egress: Egress,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -148,4 +225,30 @@ pub struct ContainerStarted {
     /// Where the platform reaches ports of the container.
     pub address: IpAddr,
     pub timings: StartTimings,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runtimes_are_counted_once_and_told_in_order() {
+        let kinds: RuntimeKinds = [RuntimeKind::Gvisor, RuntimeKind::Runc, RuntimeKind::Gvisor].into();
+        assert_eq!(kinds.to_string(), "runc and gvisor");
+        assert!(kinds.contains(RuntimeKind::Runc) && !kinds.contains(RuntimeKind::Process));
+        assert_eq!(RuntimeKinds::default().to_string(), "none");
+        assert_eq!(RuntimeKinds::from(Vec::from(kinds)), kinds);
+        assert_eq!(
+            kinds.union([RuntimeKind::Process].into()).iter().collect::<Vec<_>>(),
+            RuntimeKind::ALL
+        );
+    }
+
+    #[test]
+    fn a_kernel_of_its_own_is_the_strongest() {
+        assert!(RuntimeKind::Gvisor.is_as_strong_as(RuntimeKind::Runc));
+        assert!(RuntimeKind::Runc.is_as_strong_as(RuntimeKind::Runc));
+        assert!(!RuntimeKind::Runc.is_as_strong_as(RuntimeKind::Gvisor));
+        assert!(!RuntimeKind::Process.is_as_strong_as(RuntimeKind::Runc));
+    }
 }

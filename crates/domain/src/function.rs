@@ -5,7 +5,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+use crate::container::RuntimeKind;
 use crate::ids::{AppId, DefinitionId, FunctionId, ImageId, MountId, SecretId, VolumeId};
+use crate::network::Egress;
 use crate::time::Timestamp;
 use crate::web::WebSpec;
 
@@ -133,6 +135,12 @@ pub struct FunctionSpec {
     pub methods: Vec<String>,
     /// The image has no client dependencies of its own: lay ours over it.
     pub mount_client_dependencies: bool,
+    /// How its containers are isolated, where it says so; else as the server's are.
+    #[serde(default)]
+    pub runtime: Option<RuntimeKind>,
+    /// What its containers may reach outside.
+    #[serde(default)]
+    pub egress: Egress,
     /// The version of the client that declared this function, whose runtime the container gets.
     pub client_version: String,
     /// The `Function` message as the client sent it. It goes back to clients and on to containers as

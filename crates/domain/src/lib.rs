@@ -14,6 +14,7 @@ pub mod ids;
 pub mod image;
 pub mod log;
 pub mod mount;
+pub mod network;
 pub mod outcome;
 pub mod record;
 pub mod secret;

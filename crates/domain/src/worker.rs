@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::container::{ContainerExit, ContainerSpec, ContainerStarted, StopReason};
+use crate::container::{ContainerExit, ContainerSpec, ContainerStarted, RuntimeKind, RuntimeKinds, StopReason};
 use crate::ids::ContainerId;
 
 /// Counts versions of a desired set. A worker ignores sets older than the newest it has seen.
@@ -38,6 +38,14 @@ pub struct WorkerCapacity {
     pub memory_mib: u32,
     /// Containers that may be in the first seconds of their start at the same time.
     pub max_starting: u32,
+    /// How it can isolate them. Nothing is placed on a worker that does not have its runtime.
+    #[serde(default = "as_before_runtimes_were_told")]
+    pub runtimes: RuntimeKinds,
+}
+
+/// In journals of that time.
+fn as_before_runtimes_were_told() -> RuntimeKinds {
+    [RuntimeKind::Runc].into()
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

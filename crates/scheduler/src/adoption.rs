@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ionian_domain::container::{ContainerExit, StopReason};
+use ionian_domain::container::{ContainerExit, RuntimeKind, StopReason};
 use ionian_domain::function::{Autoscaler, RetryPolicy};
 use ionian_domain::record::{PendingContainer, Write};
 use ionian_domain::{AppId, ContainerId, DefinitionId, InputId, Timestamp};
@@ -44,6 +44,7 @@ impl PoolSettings {
             single_use: false,
             cpu_millis: u32::MAX,
             memory_mib: u32::MAX,
+            runtime: RuntimeKind::Runc,
         }
     }
 }

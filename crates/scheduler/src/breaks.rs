@@ -30,6 +30,8 @@ pub(crate) enum Break {
     IgnoresMaximum,
     /// The machine is given more than it has.
     IgnoresRoom,
+    /// A container goes to a worker that does not have its runtime.
+    IgnoresRuntime,
     /// All containers start at once.
     IgnoresStartLimit,
     /// An attempt that overruns its time goes on.

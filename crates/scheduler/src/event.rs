@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ionian_domain::call::{AttemptNumber, Call};
-use ionian_domain::container::{ContainerExit, StopReason};
+use ionian_domain::container::{ContainerExit, RuntimeKind, StopReason};
 use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::record::{NewInput, Recovered};
 use ionian_domain::worker::WorkerCapacity;
@@ -37,6 +37,13 @@ pub struct PoolSettings {
     pub single_use: bool,
     pub cpu_millis: u32,
     pub memory_mib: u32,
+    #[serde(default = "as_before_it_could_be_chosen")]
+    pub runtime: RuntimeKind,
+}
+
+/// In journals of that time.
+fn as_before_it_could_be_chosen() -> RuntimeKind {
+    RuntimeKind::Runc
 }
 
 /// One attempt's result, as its container reports it.

@@ -313,7 +313,8 @@ fn command_without_contents(command: &Command) -> Command {
         | Command::WebDraining { .. }
         | Command::WebGone { .. }
         | Command::Forget { .. }
-        | Command::BackedOff { .. } => {}
+        | Command::BackedOff { .. }
+        | Command::RuntimeMissing { .. } => {}
     }
     command
 }

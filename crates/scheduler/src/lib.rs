@@ -38,7 +38,7 @@
 //! it catches (`breaks`): an accepted input is exactly one of queued, delayed, running or finished; its
 //! outcome is recorded once and comes from the live attempt; nothing is answered before its write;
 //! recovered state equals live state; no container beyond its slots, no pool beyond its maximum, no
-//! machine beyond its resources; when faults stop, everything finishes and idle pools reach their minimum.
+//! machine beyond its resources or without the runtime; when faults stop, everything finishes and idle pools reach their minimum.
 
 mod adoption;
 mod attempts;
@@ -68,6 +68,7 @@ pub use views::{ContainerView, PoolStats};
 
 use std::time::Duration;
 
+use ionian_domain::container::RuntimeKinds;
 use ionian_domain::{ContainerId, Timestamp};
 use serde::{Deserialize, Serialize};
 
@@ -140,6 +141,11 @@ impl Scheduler {
     /// Containers for people: `modal container list`, `TaskList`, statistics.
     pub fn containers(&self) -> Vec<ContainerView> {
         self.state.container_views()
+    }
+
+    /// The runtimes of the workers that are connected and heard; `None` where there is no such worker.
+    pub fn runtimes(&self) -> Option<RuntimeKinds> {
+        self.state.runtimes()
     }
 
     pub fn pool_stats(&self, function_id: ionian_domain::FunctionId) -> PoolStats {

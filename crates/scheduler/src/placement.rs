@@ -6,13 +6,14 @@
 //! holding the line could hold everything.
 //!
 //! A container goes to the worker with the most free CPU, then memory, then the first by id. Only workers
-//! that connected to this process and are heard count; where there is none, all pools wait in line.
+//! that connected to this process, are heard, and have the pool's runtime count; where there is none, the pool
+//! waits in line, and where that is for want of the runtime, this is said.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use ionian_domain::container::StopReason;
+use ionian_domain::container::{RuntimeKind, StopReason};
 use ionian_domain::record::Write;
 use ionian_domain::worker::WorkerCapacity;
 use ionian_domain::{ContainerId, FunctionId, Timestamp, WorkerId};
@@ -20,7 +21,7 @@ use ionian_domain::{ContainerId, FunctionId, Timestamp, WorkerId};
 use crate::breaks::Break;
 use crate::event::PoolSettings;
 use crate::state::{Container, Phase, State};
-use crate::turn::Turn;
+use crate::turn::{Command, Turn};
 
 /// A start counts against its worker's `max_starting` for this long. Importing takes a fraction of a second;
 /// what takes longer waits for a download or fills a GPU, and two such starts must not keep all other
@@ -36,14 +37,6 @@ struct Amount {
 }
 
 impl Amount {
-    fn asked_by(settings: &PoolSettings) -> Self {
-        Self {
-            cpu_millis: u64::from(settings.cpu_millis),
-            memory_mib: u64::from(settings.memory_mib),
-            containers: 1,
-        }
-    }
-
     fn held_by(container: &Container) -> Self {
         Self {
             cpu_millis: u64::from(container.cpu_millis),
@@ -69,6 +62,26 @@ impl Amount {
     }
 }
 
+/// What a pool asks for one more container.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    amount: Amount,
+    runtime: RuntimeKind,
+}
+
+impl Asked {
+    fn by(settings: &PoolSettings) -> Self {
+        Self {
+            amount: Amount {
+                cpu_millis: u64::from(settings.cpu_millis),
+                memory_mib: u64::from(settings.memory_mib),
+                containers: 1,
+            },
+            runtime: settings.runtime,
+        }
+    }
+}
+
 /// A worker that takes containers, and what is left of it.
 #[derive(Debug, Clone, Copy)]
 struct Machine {
@@ -85,18 +98,23 @@ impl Machine {
         self.starting < self.capacity.max_starting.max(1)
     }
 
-    fn holds(&self, asked: Amount) -> bool {
-        asked.cpu_millis <= u64::from(self.capacity.cpu_millis)
-            && asked.memory_mib <= u64::from(self.capacity.memory_mib)
+    /// Whether such a container could run here if nothing else did.
+    fn suits(&self, asked: Asked) -> bool {
+        self.capacity.runtimes.contains(asked.runtime) && self.holds(asked.amount)
+    }
+
+    fn holds(&self, amount: Amount) -> bool {
+        amount.cpu_millis <= u64::from(self.capacity.cpu_millis)
+            && amount.memory_mib <= u64::from(self.capacity.memory_mib)
     }
 
     /// Whether there is room for one more container. What asks for more than any whole machine gets a whole
     /// machine: it starts where nothing else runs.
-    fn has_room(&self, asked: Amount, is_oversized: bool) -> bool {
+    fn has_room(&self, asked: Asked, is_oversized: bool) -> bool {
         if is_oversized {
             self.used.containers == 0
         } else {
-            self.holds(self.used.plus(asked))
+            self.holds(self.used.plus(asked.amount))
         }
     }
 
@@ -170,12 +188,13 @@ impl State {
             if !machines.iter().any(Machine::takes_starts) && !self.is_broken(Break::IgnoresStartLimit) {
                 break;
             }
-            let asked = Amount::asked_by(&self.pools[&function_id].settings);
+            let asked = Asked::by(&self.pools[&function_id].settings);
+            self.tell_missing_runtime(function_id, &machines, turn);
             match self.place(&machines, asked) {
                 Placement::On(index) => {
                     let machine = &mut machines[index];
                     self.start_container(now, function_id, fresh(), machine.worker_id, turn);
-                    machine.used = machine.used.plus(asked);
+                    machine.used = machine.used.plus(asked.amount);
                     machine.starting += 1;
                     self.leave_line(function_id);
                     if missing > 1 {
@@ -218,13 +237,33 @@ impl State {
             .collect()
     }
 
-    fn place(&self, machines: &[Machine], asked: Amount) -> Placement {
-        let is_oversized = !machines.iter().any(|machine| machine.holds(asked));
+    /// Says once per definition that a function waits for a worker of another kind than there are. Where no
+    /// worker is connected at all, this is not the reason.
+    fn tell_missing_runtime(&mut self, function_id: FunctionId, machines: &[Machine], turn: &mut Turn) {
+        let Some(pool) = self.pools.get_mut(&function_id) else {
+            return;
+        };
+        let runtime = pool.settings.runtime;
+        if machines
+            .iter()
+            .any(|machine| machine.capacity.runtimes.contains(runtime))
+        {
+            pool.missing_runtime_told = false;
+        } else if !machines.is_empty() && !pool.missing_runtime_told {
+            pool.missing_runtime_told = true;
+            turn.commands.push(Command::RuntimeMissing { function_id, runtime });
+        }
+    }
+
+    fn place(&self, machines: &[Machine], asked: Asked) -> Placement {
+        let is_oversized = !machines.iter().any(|machine| machine.suits(asked));
         let ignores_room = self.is_broken(Break::IgnoresRoom);
         let ignores_starts = self.is_broken(Break::IgnoresStartLimit);
+        let ignores_runtime = self.is_broken(Break::IgnoresRuntime);
         let mut with_room: Vec<(usize, &Machine)> = machines
             .iter()
             .enumerate()
+            .filter(|(_, machine)| machine.capacity.runtimes.contains(asked.runtime) || ignores_runtime)
             .filter(|(_, machine)| machine.has_room(asked, is_oversized) || ignores_room)
             .collect();
         if with_room.is_empty() {
@@ -297,8 +336,8 @@ impl State {
             if self.shortfall(pool, false) == 0 {
                 continue;
             }
-            let asked = Amount::asked_by(&pool.settings);
-            let is_oversized = !machines.iter().any(|machine| machine.holds(asked));
+            let asked = Asked::by(&pool.settings);
+            let is_oversized = !machines.iter().any(|machine| machine.suits(asked));
             let spare = spare.get_or_insert_with(|| {
                 // What ends anyway is room already; counted once, for whoever waits longest.
                 for machine in &mut machines {
@@ -313,7 +352,8 @@ impl State {
             let best = machines
                 .iter()
                 .enumerate()
-                .filter(|(_, machine)| is_oversized || machine.holds(asked))
+                .filter(|(_, machine)| machine.capacity.runtimes.contains(asked.runtime))
+                .filter(|(_, machine)| is_oversized || machine.holds(asked.amount))
                 .filter_map(|(index, machine)| {
                     let victims = self.victims(spare, machine, *function_id, asked, is_oversized)?;
                     Some((victims.len(), index, victims))
@@ -327,7 +367,7 @@ impl State {
             for container_id in &victims {
                 machine.used = machine.used.minus(Amount::held_by(&self.containers[container_id]));
             }
-            machine.used = machine.used.plus(asked);
+            machine.used = machine.used.plus(asked.amount);
             spare.take(&victims, |id| self.containers[&id].function_id);
             for container_id in victims {
                 self.drain(now, container_id, StopReason::ScaleDown, turn);
@@ -353,7 +393,7 @@ impl State {
         spare: &Spare,
         machine: &Machine,
         function_id: FunctionId,
-        asked: Amount,
+        asked: Asked,
         is_oversized: bool,
     ) -> Option<Vec<ContainerId>> {
         let mut after = *machine;

@@ -23,6 +23,7 @@ impl Pool {
             failures: 0,
             start_not_before: None,
             ticket: None,
+            missing_runtime_told: false,
             deadline: None,
         }
     }
@@ -61,6 +62,7 @@ impl State {
             // Somebody did something about it: the next start is a first one.
             pool.failures = 0;
             pool.start_not_before = None;
+            pool.missing_runtime_told = false;
         }
         let definition = pool.settings.definition_id;
         for container_id in self.containers_of(function_id, |c| c.definition_id != definition && c.is_live()) {

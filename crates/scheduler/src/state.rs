@@ -48,6 +48,8 @@ pub(crate) struct Pool {
     pub start_not_before: Option<Timestamp>,
     /// Its place in [`State::line`], while it wants containers that it does not have.
     pub ticket: Option<Ticket>,
+    /// It was said that no worker has its runtime.
+    pub missing_runtime_told: bool,
     /// As filed in [`State::deadlines`]. Written by `deadlines` alone.
     pub deadline: Option<Timestamp>,
 }

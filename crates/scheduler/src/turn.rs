@@ -1,6 +1,7 @@
 //! What a turn decided.
 
 use ionian_domain::call::{AttemptNumber, Invocation};
+use ionian_domain::container::RuntimeKind;
 use ionian_domain::record::Write;
 use ionian_domain::worker::DesiredState;
 use ionian_domain::{CallId, ContainerId, DefinitionId, FunctionId, InputId, Timestamp, WorkerId};
@@ -76,6 +77,11 @@ pub enum Command {
         function_id: FunctionId,
         failures: u32,
         until: Timestamp,
+    },
+    /// Workers are connected, and none has this function's runtime: it waits for one. Said once, in its app's log.
+    RuntimeMissing {
+        function_id: FunctionId,
+        runtime: RuntimeKind,
     },
 }
 

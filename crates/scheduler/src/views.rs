@@ -1,5 +1,6 @@
 //! The state as others may see it: the desired set, lists for people, statistics.
 
+use ionian_domain::container::RuntimeKinds;
 use ionian_domain::worker::DesiredState;
 use ionian_domain::{AppId, ContainerId, FunctionId, Timestamp, WorkerId};
 
@@ -45,6 +46,13 @@ impl State {
                 },
             })
             .collect()
+    }
+
+    /// What the workers have that are there; `None` without any.
+    pub(crate) fn runtimes(&self) -> Option<RuntimeKinds> {
+        let there = self.workers.values().filter(|worker| !worker.is_silent);
+        let kinds = there.filter_map(|worker| Some(worker.capacity?.runtimes));
+        kinds.reduce(RuntimeKinds::union)
     }
 
     pub(crate) fn container_views(&self) -> Vec<ContainerView> {

@@ -14,10 +14,9 @@ use ionian_api::{Api, JoinTokens, RemoteBuilds, WorkerGateway, WorkerTimes, enco
 use ionian_blobs::UrlSigner;
 use ionian_container::config::ContainerConfig;
 use ionian_container::network::Network;
-use ionian_container::{ProcessRuntime, RuncRuntime, Runtime};
 use ionian_control::app::images::PresentFn;
 use ionian_control::{Control, ControlConfig, Parts, Started};
-use ionian_domain::container::RuntimeKind;
+use ionian_domain::container::RuntimeKinds;
 use ionian_domain::worker::WorkerCapacity;
 use ionian_image::{HostTrust, LayerStore};
 use ionian_ingress::{Ingress, IngressConfig, Services, platform_service};
@@ -32,6 +31,9 @@ use crate::{host, token};
 mod build;
 pub(crate) mod listeners;
 pub(crate) mod platform;
+pub(crate) mod runtimes;
+
+use runtimes::Runtimes;
 
 /// How long containers have to end after the last request.
 const CONTAINERS_END: Duration = Duration::from_secs(15);
@@ -41,6 +43,7 @@ const CLIENT_HEARTBEAT_TIMEOUT: Duration = Duration::from_mins(1);
 pub(crate) fn container_config(config: &Config) -> ContainerConfig {
     let mut container = ContainerConfig::new(config.instance_id(), config.data_dir.join("containers"));
     container.address_pool = config.address_pool;
+    container.runsc_path.clone_from(&config.runsc);
     container
 }
 
@@ -59,12 +62,12 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .local_addr()?
         .port();
 
-    let runtime = if config.embedded_worker {
-        Some(open_runtime(&config).await?)
+    let runtimes = if config.embedded_worker {
+        Some(Runtimes::open(&config).await?)
     } else {
         None
     };
-    let network = runtime.as_ref().and_then(|runtime| runtime.network());
+    let network = runtimes.as_ref().and_then(Runtimes::network);
     // Without containers of our own, workers carry their containers' connections to loopback.
     let container_listener = listeners::for_containers(&store, network.map(Network::gateway)).await?;
     if let Some(network) = network {
@@ -75,11 +78,11 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
 
     let cancel = CancellationToken::new();
     let remote_builds = RemoteBuilds::default();
-    let (build, layers_present, embedded) = match &runtime {
-        Some(runtime) => {
+    let (build, layers_present, embedded) = match &runtimes {
+        Some(runtimes) => {
             let layers = LayerStore::open(config.images_dir()).context("cannot open the layer store")?;
             let local = platform::Content::local(content.clone());
-            let parts = platform::worker(&config, Arc::clone(runtime), layers.clone(), local).await?;
+            let parts = platform::worker(&config, runtimes, layers.clone(), local).await?;
             let build = build::build_fn(parts.builder.clone());
             let present: PresentFn = Arc::new(move |image| image.layers.iter().all(|key| layers.contains(key)));
             (build, present, Some(parts))
@@ -91,7 +94,13 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
         .clone()
         .unwrap_or_else(|| ("http".to_owned(), public_port));
     let started = Control::start(Parts {
-        config: control_config(&config, scheme, port, container_server_url),
+        config: control_config(
+            &config,
+            scheme,
+            port,
+            container_server_url,
+            runtimes.as_ref().map(Runtimes::kinds),
+        ),
         store: store.clone(),
         content: content.clone(),
         blobs,
@@ -174,35 +183,16 @@ pub(crate) async fn run(config: Config) -> anyhow::Result<()> {
     container_task.await.context("the containers' listener crashed")?;
     worker.await.context("the worker crashed")?;
     essential.shutdown().await;
-    if let Some(runtime) = &runtime {
-        runtime
-            .remove_all()
-            .await
-            .context("cannot remove the containers' network")?;
+    if let Some(runtimes) = &runtimes {
+        runtimes.remove_all().await?;
     }
     store.close().await;
     tracing::info!("ended");
     Ok(())
 }
 
-/// Also takes back the containers that an earlier process left.
-pub(crate) async fn open_runtime(config: &Config) -> anyhow::Result<Arc<dyn Runtime>> {
-    Ok(match config.runtime {
-        RuntimeKind::Runc => Arc::new(
-            RuncRuntime::open(container_config(config))
-                .await
-                .context("cannot use the runc runtime; `ionian doctor` tells what is missing")?,
-        ),
-        RuntimeKind::Process => {
-            tracing::warn!("the process runtime isolates nothing: run only code that you trust");
-            Arc::new(ProcessRuntime::new())
-        }
-        RuntimeKind::Gvisor => bail!("the gvisor runtime is not available yet; use runc"),
-    })
-}
-
 /// What this host offers to containers.
-pub(crate) fn capacity(config: &Config) -> WorkerCapacity {
+pub(crate) fn capacity(config: &Config, runtimes: RuntimeKinds) -> WorkerCapacity {
     let cores = host::cores();
     let three_quarters = host::memory_mib().unwrap_or(4096) / 4 * 3;
     let or = |value: u32, default: u32| if value == 0 { default } else { value };
@@ -210,10 +200,17 @@ pub(crate) fn capacity(config: &Config) -> WorkerCapacity {
         cpu_millis: or(config.cpu_millis, cores * 1_000),
         memory_mib: or(config.memory_mib, three_quarters),
         max_starting: cores.max(2),
+        runtimes,
     }
 }
 
-fn control_config(config: &Config, scheme: String, port: u16, container_server_url: String) -> ControlConfig {
+fn control_config(
+    config: &Config,
+    scheme: String,
+    port: u16,
+    container_server_url: String,
+    runtimes: Option<RuntimeKinds>,
+) -> ControlConfig {
     ControlConfig {
         workspace: config.workspace.clone(),
         public_scheme: scheme,
@@ -221,13 +218,14 @@ fn control_config(config: &Config, scheme: String, port: u16, container_server_u
         public_port: port,
         image_builder_version: config.builder_version.clone(),
         runtime: config.runtime,
+        allow_weaker_runtime: config.allow_weaker_runtime,
         container_server_url,
         web_hook: config.web_hook,
         data_dir: config.data_dir.clone(),
         default_scaledown_window: config.scaledown_window,
         client_heartbeat_timeout: CLIENT_HEARTBEAT_TIMEOUT,
         journal: config.journal.clone(),
-        capacity: config.embedded_worker.then(|| capacity(config)),
+        capacity: runtimes.map(|runtimes| capacity(config, runtimes)),
         scheduler: ionian_scheduler::Config::default(),
     }
 }

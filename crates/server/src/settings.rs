@@ -200,14 +200,49 @@ pub(crate) const SETTINGS: &[Setting] = &[
         "runtime",
         "kind",
         "\"runc\"",
-        "How containers are isolated: runc, or process (no isolation at all).",
+        "How containers and build steps are isolated: runc, gvisor (a kernel of their own), or process (not at all).",
         |config, text| {
             config.runtime = match text {
                 "runc" => RuntimeKind::Runc,
+                "gvisor" => RuntimeKind::Gvisor,
                 "process" => RuntimeKind::Process,
-                "gvisor" => return Err("gvisor is not available yet; use runc".to_owned()),
-                _ => return Err("the kinds are runc and process".to_owned()),
+                _ => return Err("the kinds are runc, gvisor and process".to_owned()),
             };
+            Ok(())
+        },
+    ),
+    setting(
+        "runtime",
+        "allow_weaker",
+        "false",
+        "With kind gvisor: whether single functions may ask for runc. They may ask for gvisor in any case.",
+        |config, text| {
+            config.allow_weaker_runtime = boolean(text)?;
+            Ok(())
+        },
+    ),
+    setting(
+        "runtime",
+        "builds",
+        "\"\"",
+        "With kind gvisor: runc runs the commands of image builds faster, on the host's kernel; empty for kind.",
+        |config, text| {
+            config.build_runtime = match text {
+                "" => None,
+                "runc" => Some(RuntimeKind::Runc),
+                "gvisor" => Some(RuntimeKind::Gvisor),
+                _ => return Err("builds run on runc or gvisor".to_owned()),
+            };
+            Ok(())
+        },
+    ),
+    setting(
+        "runtime",
+        "runsc",
+        "\"\"",
+        "gVisor's program; empty for the runsc that is in the PATH.",
+        |config, text| {
+            config.runsc = (!text.is_empty()).then(|| PathBuf::from(text));
             Ok(())
         },
     ),

@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Config;
+use crate::serve::runtimes::Runtimes;
 use crate::serve::{self, platform};
 
 const GIB: u64 = 1 << 30;
@@ -45,8 +46,8 @@ pub(crate) async fn run(config: Config, server: String, join_token_file: &Path) 
     let join_token = read_join_token(join_token_file)?;
     let worker_id = worker_id(&config.data_dir.join(WORKER_ID_FILE))?;
 
-    let runtime = serve::open_runtime(&config).await?;
-    let network = runtime.network();
+    let runtimes = Runtimes::open(&config).await?;
+    let network = runtimes.network();
     let listener = listen_for_containers(&config.data_dir, network.map(Network::gateway)).await?;
     if let Some(network) = network {
         network.allow_host_port(listener.local_addr()?.port()).await?;
@@ -61,15 +62,14 @@ pub(crate) async fn run(config: Config, server: String, join_token_file: &Path) 
         files: cache.files(),
         fetch: cache.fetcher(),
     };
-    let setup = platform::worker(&config, Arc::clone(&runtime), layers.clone(), content).await?;
+    let setup = platform::worker(&config, &runtimes, layers.clone(), content).await?;
     let builder = setup.builder.clone();
     let (link, ends) = Link::new(LinkConfig {
         server,
         join_token,
         worker_id,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        capacity: serve::capacity(&config),
-        runtimes: vec![runtime.kind()],
+        capacity: serve::capacity(&config, runtimes.kinds()),
         layers: layers.keys().context("cannot list the layers")?,
         containers_url,
     })?;
@@ -119,10 +119,7 @@ pub(crate) async fn run(config: Config, server: String, join_token_file: &Path) 
     }
     cancel.cancel();
     forwarding.await.context("the containers' listener crashed")?;
-    runtime
-        .detach()
-        .await
-        .context("cannot let go of the containers' network")?;
+    runtimes.detach().await?;
     result
 }
 

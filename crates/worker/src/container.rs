@@ -168,18 +168,19 @@ pub(crate) async fn adopt(
     adopted.follow(&shared, &writer, orders, sightings).await;
 }
 
-/// Ends a container that an earlier process of this worker started and that nobody wants any more.
+/// Ends a container that an earlier process of this worker started, and tells `exit`.
 pub(crate) async fn discard(
     shared: Arc<Shared>,
     id: ContainerId,
     container: RunningContainer,
+    exit: ContainerExit,
     sightings: mpsc::Sender<Sighting>,
 ) {
-    tracing::info!(container = %id, "a container that nobody wants any more is removed");
+    tracing::info!(container = %id, "a container of an earlier run is removed");
     dispose(id, container).await;
     remove(RunDir::of(&shared.run_dir, id)).await;
     // Heard by nobody at shutdown.
-    drop(sightings.send(Sighting::Ended { id, exit: killed() }).await);
+    drop(sightings.send(Sighting::Ended { id, exit }).await);
 }
 
 /// Ends what an earlier process of this worker started for itself: a step of a build.
@@ -248,7 +249,7 @@ async fn dispose(id: ContainerId, container: RunningContainer) {
     }
 }
 
-fn killed() -> ContainerExit {
+pub(crate) fn killed() -> ContainerExit {
     ContainerExit::Signaled {
         signal: Signal::SIGKILL as i32,
     }

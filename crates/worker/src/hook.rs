@@ -16,10 +16,11 @@ macro_rules! embedded {
 }
 
 /// Every module of the package; a test compares the list with the directory.
-const FILES: [(&str, &str); 9] = embedded![
+const FILES: [(&str, &str); 10] = embedded![
     "__init__.py",
     "announcement.py",
     "launcher.py",
+    "own_address.py",
     "paths.py",
     "platform_scope.py",
     "report.py",

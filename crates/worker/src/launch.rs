@@ -131,6 +131,7 @@ pub(crate) fn isolated(id: ContainerId, spec: &ContainerSpec, prepared: Prepared
     launch.binds = binds;
     launch.limits = limits(spec, prepared.limits);
     launch.network = NetworkMode::Bridge;
+    launch.egress = spec.egress.clone();
     launch
 }
 
@@ -176,6 +177,8 @@ pub(crate) fn process(id: ContainerId, spec: &ContainerSpec, prepared: &Prepared
     launch.env = env.0;
     launch.workdir = home;
     launch.network = NetworkMode::Host;
+    // Refused by the runtime, rather than left out.
+    launch.egress = spec.egress.clone();
     launch
 }
 
@@ -260,6 +263,7 @@ pub(crate) mod tests {
     use ionian_domain::container::RuntimeKind;
     use ionian_domain::function::Resources;
     use ionian_domain::image::{BuiltImage, ImageConfig, ImageMetadata};
+    use ionian_domain::network::Egress;
     use ionian_domain::{AppId, FunctionId, ImageId};
 
     use super::*;
@@ -295,6 +299,7 @@ pub(crate) mod tests {
             client_version: "1.6.4".to_owned(),
             mount_client_dependencies: true,
             web_hook: WebHookMode::On,
+            egress: Egress::Open,
         }
     }
 
@@ -340,7 +345,7 @@ pub(crate) mod tests {
             let mode = if bind.read_only { "ro" } else { "rw" };
             writeln!(text, "{} -> {} {mode}", bind.source.display(), bind.target).unwrap();
         }
-        writeln!(text, "{:?} {:?}", launch.limits, launch.network).unwrap();
+        writeln!(text, "{:?} {:?} {:?}", launch.limits, launch.network, launch.egress).unwrap();
         text
     }
 
@@ -374,7 +379,7 @@ pub(crate) mod tests {
             /state/hook -> /__ionian/hook ro
             /state/run/arguments.bin -> /__ionian/run/arguments.bin ro
             /host.crt -> /__ionian/ca-certificates.crt ro
-            Limits { memory_bytes: Some(8589934592), cpu_millis: None, pids: Some(4096) } Bridge
+            Limits { memory_bytes: Some(8589934592), cpu_millis: None, pids: Some(4096) } Bridge Open
         "]],
         );
     }
@@ -406,6 +411,7 @@ pub(crate) mod tests {
         spec.resources.memory_limit_mib = Some(256);
         spec.resources.cpu_millis = Some(2000);
         spec.resources.cpu_limit_millis = Some(500);
+        spec.egress = Egress::Allow(vec!["10.0.0.0/8".parse().unwrap()]);
         check(
             &spec,
             &expect![[r"
@@ -435,7 +441,7 @@ pub(crate) mod tests {
             /state/hook -> /__ionian/hook ro
             /state/run/arguments.bin -> /__ionian/run/arguments.bin ro
             /host.crt -> /__ionian/ca-certificates.crt ro
-            Limits { memory_bytes: Some(268435456), cpu_millis: Some(500), pids: Some(4096) } Bridge
+            Limits { memory_bytes: Some(268435456), cpu_millis: Some(500), pids: Some(4096) } Bridge Allow([Cidr { base: 10.0.0.0, prefix: 8 }])
         "]],
         );
     }
@@ -444,6 +450,7 @@ pub(crate) mod tests {
     fn a_plain_process() {
         let mut spec = spec();
         spec.secret_env = vec![pair("KEY", "value")];
+        spec.egress = Egress::Blocked;
         Arc::make_mut(&mut spec.image).config.env.push(pair("LANG", "C.UTF-8"));
         let prepared = PreparedProcess {
             python: Path::new("/venv/bin/python"),
@@ -467,7 +474,7 @@ pub(crate) mod tests {
               IONIAN_WEB_BIND=127.0.0.1
               IONIAN_WEB_HOOK=1
               IONIAN_CLIENT_DEPS=0
-            Limits { memory_bytes: None, cpu_millis: None, pids: None } Host
+            Limits { memory_bytes: None, cpu_millis: None, pids: None } Host Blocked
         "]]
         .assert_eq(&show(&process(ContainerId::generate(), &spec, &prepared)));
     }

@@ -42,7 +42,7 @@ pub use forwarder::Forwarder;
 pub use link::{Link, LinkConfig, LinkEnds, LinkError};
 pub use logs::{LogLimits, LogSink};
 pub use steps::{ContainerSteps, StepLimits};
-pub use worker::{FetchContent, OpenError, Worker, WorkerLimits, WorkerParts, find_containers};
+pub use worker::{FetchContent, FoundContainer, OpenError, Worker, WorkerLimits, WorkerParts, find_containers};
 
 /// An error with its causes, for messages that must be one text.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use ionian_domain::container::{ContainerStarted, RuntimeKind};
+use ionian_domain::container::ContainerStarted;
 use ionian_domain::image::BuiltImage;
 use ionian_domain::worker::{DesiredSet, Generation, WorkerCapacity, WorkerReport};
 use ionian_domain::{ContainerId, WorkerId};
@@ -51,7 +51,6 @@ pub struct LinkConfig {
     pub worker_id: WorkerId,
     pub version: String,
     pub capacity: WorkerCapacity,
-    pub runtimes: Vec<RuntimeKind>,
     /// Keys of layers that are on this host's disk at the start.
     pub layers: Vec<String>,
     /// How containers here reach the platform: the URL of this worker's forwarder.

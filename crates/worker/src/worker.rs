@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use ionian_container::{RunningContainer, Runtime};
 use ionian_domain::ContainerId;
-use ionian_domain::container::ContainerExit;
+use ionian_domain::container::{ContainerExit, RuntimeKind};
 use ionian_domain::worker::{DesiredSet, WorkerReport};
 use ionian_image::client_bundle::ClientBundles;
 use ionian_image::{ContextFiles, ImageBuilder, StepRunner};
@@ -60,7 +60,7 @@ pub struct WorkerParts {
     pub limits: WorkerLimits,
     /// What the runtimes found when they were opened: containers of an earlier process of this worker, living
     /// or ended since. The first desired set decides which are adopted; the others are removed.
-    pub found: Vec<RunningContainer>,
+    pub found: Vec<FoundContainer>,
     /// For the runtime without isolation: an interpreter of this host with the client installed.
     pub process_python: Option<PathBuf>,
 }
@@ -109,13 +109,33 @@ pub struct Worker {
     found: Found,
 }
 
+/// A container of an earlier process of this worker, and what isolates it.
+#[derive(Debug)]
+pub struct FoundContainer {
+    pub runtime: RuntimeKind,
+    pub container: RunningContainer,
+}
+
 /// Takes over all containers that an earlier process left to these runtimes, living or ended since: for
-/// [`WorkerParts::found`]. Whose they are is decided later.
-pub async fn find_containers(runtimes: &[Arc<dyn Runtime>]) -> Vec<RunningContainer> {
+/// [`WorkerParts::found`]. Whose they are is decided later. What is left to a runtime that is not there any more
+/// is removed.
+pub async fn find_containers(runtimes: &[Arc<dyn Runtime>]) -> Vec<FoundContainer> {
     let mut found = Vec::new();
     for runtime in runtimes {
         for name in runtime.adoptable() {
-            found.extend(runtime.adopt(&name).await);
+            let container = runtime.adopt(&name).await;
+            found.extend(container.map(|container| FoundContainer {
+                runtime: runtime.kind(),
+                container,
+            }));
+        }
+    }
+    for runtime in runtimes {
+        if let Err(error) = runtime.discard_unadopted().await {
+            tracing::error!(
+                error = chain(&error),
+                "failed to remove a container of a runtime that this worker has no more"
+            );
         }
     }
     found
@@ -124,18 +144,18 @@ pub async fn find_containers(runtimes: &[Arc<dyn Runtime>]) -> Vec<RunningContai
 /// Containers of an earlier process of this worker.
 #[derive(Default)]
 struct Found {
-    containers: BTreeMap<ContainerId, RunningContainer>,
+    containers: BTreeMap<ContainerId, FoundContainer>,
     /// Not named by an id of ours: nobody asks for them.
     strangers: Vec<RunningContainer>,
 }
 
 impl Found {
-    fn sort(containers: Vec<RunningContainer>) -> Self {
+    fn sort(containers: Vec<FoundContainer>) -> Self {
         let mut found = Self::default();
-        for container in containers {
-            match container.name.parse() {
-                Ok(id) => drop(found.containers.insert(id, container)),
-                Err(_) => found.strangers.push(container),
+        for one in containers {
+            match one.container.name.parse() {
+                Ok(id) => drop(found.containers.insert(id, one)),
+                Err(_) => found.strangers.push(one.container),
             }
         }
         found
@@ -261,7 +281,7 @@ struct Loop {
     /// For each container that has a task.
     orders: HashMap<ContainerId, (TaskId, watch::Sender<Order>)>,
     /// Neither adopted nor discarded yet.
-    found: BTreeMap<ContainerId, RunningContainer>,
+    found: BTreeMap<ContainerId, FoundContainer>,
     sightings: mpsc::Sender<Sighting>,
     /// Reports that wait for a slow receiver: at most two per container, see [`Self::report`].
     outbox: VecDeque<WorkerReport>,
@@ -334,21 +354,38 @@ impl Loop {
                     self.orders.insert(id, (task.id(), order));
                 }
                 Action::Adopt { id, spec } => {
-                    let Some(container) = self.found.remove(&id) else {
+                    let Some(FoundContainer { runtime, container }) = self.found.remove(&id) else {
                         unreachable!("the reconciler was told of the found containers, and adopts each once")
                     };
                     let (order, orders) = watch::channel(Order::Run);
                     let (shared, sightings) = (Arc::clone(&self.shared), self.sightings.clone());
-                    let adopted = container::adopt(shared, id, spec, container, orders, sightings);
-                    self.orders.insert(id, (self.tasks.spawn(adopted).id(), order));
+                    let task = if runtime.is_as_strong_as(spec.runtime) {
+                        self.tasks
+                            .spawn(container::adopt(shared, id, spec, container, orders, sightings))
+                    } else {
+                        tracing::warn!(
+                            container = %id,
+                            %runtime,
+                            wanted = %spec.runtime,
+                            "a container of an earlier run is isolated less than is wanted now; it is ended"
+                        );
+                        self.tasks.spawn(container::discard(
+                            shared,
+                            id,
+                            container,
+                            ContainerExit::Lost,
+                            sightings,
+                        ))
+                    };
+                    self.orders.insert(id, (task.id(), order));
                 }
                 Action::Discard { id } => {
-                    let Some(container) = self.found.remove(&id) else {
+                    let Some(FoundContainer { container, .. }) = self.found.remove(&id) else {
                         unreachable!("the reconciler was told of the found containers, and discards each once")
                     };
                     let (order, _) = watch::channel(Order::Kill);
                     let (shared, sightings) = (Arc::clone(&self.shared), self.sightings.clone());
-                    let discarded = container::discard(shared, id, container, sightings);
+                    let discarded = container::discard(shared, id, container, container::killed(), sightings);
                     self.orders.insert(id, (self.tasks.spawn(discarded).id(), order));
                 }
                 Action::Interrupt { id } => self.order(id, Order::Interrupt),
@@ -414,13 +451,14 @@ impl Loop {
                 self.order(id, Order::Kill);
             }
         }
-        for (id, container) in std::mem::take(&mut self.found) {
+        for (id, FoundContainer { container, .. }) in std::mem::take(&mut self.found) {
             if leaves {
                 container.release();
                 continue;
             }
             // Nobody has said that it is wanted, and an orderly end leaves nothing behind.
-            let discarded = container::discard(Arc::clone(&self.shared), id, container, self.sightings.clone());
+            let (shared, sightings) = (Arc::clone(&self.shared), self.sightings.clone());
+            let discarded = container::discard(shared, id, container, container::killed(), sightings);
             self.tasks.spawn(discarded);
         }
         let ended = async {

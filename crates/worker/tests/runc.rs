@@ -18,6 +18,7 @@ use ionian_domain::container::{ContainerExit, ContainerSpec, ContainerStarted, R
 use ionian_domain::function::Resources;
 use ionian_domain::image::{BuiltImage, ImageConfig, ImageMetadata, ImageSpec, RegistryAuth};
 use ionian_domain::mount::MountFile;
+use ionian_domain::network::Egress;
 use ionian_domain::worker::{DesiredContainer, DesiredSet, DesiredState, Generation, WorkerReport};
 use ionian_domain::{AppId, ContainerId, FunctionId, ImageId};
 use ionian_image::base::{BaseConfig, BaseImages};
@@ -170,6 +171,7 @@ impl World {
             client_version: CLIENT.to_owned(),
             mount_client_dependencies: true,
             web_hook: WebHookMode::Off,
+            egress: Egress::Open,
         }
     }
 

@@ -108,12 +108,17 @@ pub(crate) async fn create(
     // A list of fallback GPUs comes as ranked definitions; the first is the one that is wanted most.
     let message = match (request.function, request.function_data) {
         (Some(function), _) => function,
-        (None, Some(data)) => data
-            .ranked_functions
-            .into_iter()
-            .min_by_key(|ranked| ranked.rank)
-            .and_then(|ranked| ranked.function)
-            .ok_or_else(|| status::invalid("the function has no definition"))?,
+        (None, Some(data)) => {
+            let ranked = data.ranked_functions.into_iter().min_by_key(|ranked| ranked.rank);
+            let mut function = ranked
+                .and_then(|ranked| ranked.function)
+                .ok_or_else(|| status::invalid("the function has no definition"))?;
+            // What holds for all ranks; some of it must not get lost, since it makes the function safer.
+            for (name, value) in data.experimental_options {
+                function.experimental_options.entry(name).or_insert(value);
+            }
+            function
+        }
         (None, None) => return Err(status::invalid("the function has no definition")),
     };
     refuse_unsupported(&message)?;
@@ -176,8 +181,6 @@ fn refuse_unsupported(message: &pb::Function) -> Result<(), Status> {
         .any(|config| config.r#type() != pb::WebhookType::Unspecified);
     let reason = if message.is_server || message.http_config.is_some() {
         "server classes are not available on this server yet; use a web endpoint instead"
-    } else if message.block_network {
-        "`block_network` is not available on this server yet: its containers would reach the network all the same"
     } else if message.experimental_group_size > 1 {
         "clusters of several containers are not available on this server yet"
     } else if !message.proxy_id.as_deref().unwrap_or_default().is_empty() {
@@ -198,6 +201,9 @@ fn warnings(message: &pb::Function) -> Vec<pb::Warning> {
     }
     if message.checkpointing_enabled {
         sentences.push("memory snapshots are not available on this server: containers start without one");
+    }
+    if decode::isolation::has_ipv6_ranges(message) {
+        sentences.push("containers have no IPv6, so the IPv6 ranges of the function's allow list allow nothing");
     }
     if !message.volume_mounts.is_empty() {
         sentences.push("volumes are not available on this server yet: the function's containers cannot start");

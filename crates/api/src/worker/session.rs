@@ -55,6 +55,11 @@ pub(super) async fn open(
         Ok(Err(status)) => return Err(status),
         Ok(Ok(_)) | Err(_) => return Err(Status::invalid_argument("the first message of a worker is a Hello")),
     };
+    if !hello.limits_egress {
+        return Err(Status::failed_precondition(
+            "this worker is too old: it would let containers reach what they may not; install the server's version",
+        ));
+    }
     let worker_id = wire::worker_id(&hello)?;
     let capacity = wire::capacity(&hello)?;
     let desired = gateway

@@ -10,6 +10,7 @@ use ionian_domain::container::{
 };
 use ionian_domain::image::{BuiltImage, ImageConfig, ImageMetadata};
 use ionian_domain::log::{LogEntry, LogStream};
+use ionian_domain::network::Egress;
 use ionian_domain::worker::{DesiredContainer, DesiredState, Generation, WorkerCapacity, WorkerReport};
 use ionian_domain::{ContainerId, Timestamp};
 use ionian_proto::worker as pb;
@@ -31,7 +32,15 @@ pub(super) fn worker_id(hello: &pb::Hello) -> Result<ionian_domain::WorkerId, St
 
 pub(super) fn capacity(hello: &pb::Hello) -> Result<WorkerCapacity, Status> {
     let capacity = hello.capacity.as_ref().ok_or_else(|| malformed("no capacity"))?;
+    // What a newer worker has besides is not for us.
+    let runtimes = hello.runtimes().filter_map(|kind| match kind {
+        pb::RuntimeKind::Runc => Some(RuntimeKind::Runc),
+        pb::RuntimeKind::Gvisor => Some(RuntimeKind::Gvisor),
+        pb::RuntimeKind::Process => Some(RuntimeKind::Process),
+        pb::RuntimeKind::Unspecified => None,
+    });
     Ok(WorkerCapacity {
+        runtimes: runtimes.collect(),
         cpu_millis: capacity.cpu_millis,
         memory_mib: capacity.memory_mib,
         max_starting: capacity.max_starting,
@@ -222,7 +231,19 @@ pub(super) fn spec(container_id: ContainerId, spec: &ContainerSpec) -> pb::Conta
         client_version: spec.client_version.clone(),
         mount_client_dependencies: spec.mount_client_dependencies,
         web_hook: spec.web_hook == WebHookMode::On,
+        egress: egress(&spec.egress),
     }
+}
+
+fn egress(egress: &Egress) -> Option<pb::Egress> {
+    let ranges = match egress {
+        Egress::Open => return None,
+        Egress::Blocked => &[][..],
+        Egress::Allow(ranges) => ranges,
+    };
+    Some(pb::Egress {
+        allowed_cidrs: ranges.iter().map(ToString::to_string).collect(),
+    })
 }
 
 fn variable((name, value): (String, String)) -> pb::Variable {

@@ -1,5 +1,7 @@
 //! Functions: created, looked up, bound to parameters.
 
+use std::collections::BTreeMap;
+
 use ionian_proto::client as pb;
 use prost::Message as _;
 use tonic::Code;
@@ -287,7 +289,6 @@ async fn what_a_function_could_not_do_without_is_refused_at_deployment() {
             assert_refused(answer, Code::Unimplemented, words);
         }
     };
-    refused(|f| f.block_network = true, "f: `block_network` is not available").await;
     refused(|f| f.is_server = true, "server classes are not available").await;
     refused(|f| f.experimental_group_size = 2, "clusters").await;
     refused(
@@ -300,6 +301,71 @@ async fn what_a_function_could_not_do_without_is_refused_at_deployment() {
         f.max_inputs = 1;
     };
     refused(single_use_web, "single-use containers").await;
+}
+
+fn option(name: &str, value: &str) -> BTreeMap<String, String> {
+    [(name.to_owned(), value.to_owned())].into()
+}
+
+/// Never weakened in silence: a function that cannot be kept apart as it asks is not deployed.
+#[tokio::test]
+async fn isolation_that_cannot_be_had_is_refused_at_deployment() {
+    let platform = Platform::start().await;
+    let deploy = platform.deploy("app").await;
+    let refused = |change: fn(&mut pb::Function), words: &'static str| {
+        let (mut client, app_id) = (platform.client(), deploy.app_id.clone());
+        async move {
+            let mut function = definition("f");
+            change(&mut function);
+            // The older form of a declaration, the newer, and what only the newer says.
+            let options = std::mem::take(&mut function.experimental_options);
+            let ranked = pb::function_data::RankedFunction {
+                rank: 1,
+                function: Some(function.clone()),
+            };
+            let data = pb::FunctionData {
+                ranked_functions: vec![ranked],
+                experimental_options: options.clone(),
+                ..Default::default()
+            };
+            function.experimental_options = options;
+            for (function, function_data) in [(Some(function), None), (None, Some(data))] {
+                let request = pb::FunctionCreateRequest {
+                    app_id: app_id.clone(),
+                    function,
+                    function_data,
+                    ..Default::default()
+                };
+                let answer = Box::pin(client.function_create(request)).await;
+                assert_refused(answer, Code::InvalidArgument, words);
+            }
+        }
+    };
+    refused(
+        |f| f.block_network = true,
+        "f: the process runtime of this server cannot limit",
+    )
+    .await;
+    refused(
+        |f| f.experimental_options = option("ionian.outbound_cidr_allowlist", "10.0.0.0/8"),
+        "f: the process runtime of this server cannot limit",
+    )
+    .await;
+    refused(
+        |f| f.experimental_options = option("ionian.outbound_cidr_allowlist", "10.0.0.0/33"),
+        "f: '10.0.0.0/33' on the allow list",
+    )
+    .await;
+    refused(
+        |f| f.experimental_options = option("ionian.runtime", "gvisor"),
+        "f: no worker of this server has the runtime gvisor; there is process",
+    )
+    .await;
+    refused(
+        |f| f.experimental_options = option("ionian.runtime", "kata"),
+        "f: there is no runtime 'kata'",
+    )
+    .await;
 }
 
 #[tokio::test]

@@ -17,6 +17,7 @@ use ionian_domain::function::Resources;
 use ionian_domain::image::{BuiltImage, ImageSpec, RegistryAuth};
 use ionian_domain::log::{LogEntry, LogStream};
 use ionian_domain::mount::MountFile;
+use ionian_domain::network::Egress;
 use ionian_domain::worker::{DesiredContainer, DesiredSet, DesiredState, Generation, WorkerCapacity, WorkerReport};
 use ionian_domain::{AppId, ContainerId, FunctionId, ImageId, Timestamp, WorkerId};
 use ionian_worker::{BuildFailure, BuildOrder, Link, LinkConfig, LinkEnds, LinkError};
@@ -242,8 +243,8 @@ impl Worker {
                 cpu_millis: 1000,
                 memory_mib: 2000,
                 max_starting: 3,
+                runtimes: [RuntimeKind::Process, RuntimeKind::Gvisor].into(),
             },
-            runtimes: vec![RuntimeKind::Process],
             layers: vec!["base".to_owned()],
             containers_url: "http://here:1".to_owned(),
         })
@@ -363,6 +364,7 @@ fn spec() -> ContainerSpec {
         client_version: "1.6.4".to_owned(),
         mount_client_dependencies: true,
         web_hook: WebHookMode::On,
+        egress: Egress::Allow(vec!["10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap()]),
     }
 }
 
@@ -410,6 +412,8 @@ async fn a_worker_gets_what_should_be_and_tells_what_it_saw() {
     .unwrap();
     assert_eq!(server.host.connects.lock()[0].0, worker.id);
     assert_eq!(server.host.connects.lock()[0].1.max_starting, 3);
+    let runtimes = server.host.connects.lock()[0].1.runtimes;
+    assert_eq!(runtimes, [RuntimeKind::Process, RuntimeKind::Gvisor].into());
     // Nothing has been said, so nothing was heard here.
     assert_eq!(worker.desired.borrow().generation, Generation(0));
 
@@ -546,6 +550,18 @@ async fn a_second_connection_of_a_worker_ends_the_first() {
     second.report(started(container)).await;
     assert_eq!(server.started().await.container_id, container);
     second.end().await;
+}
+
+#[tokio::test]
+async fn what_a_container_may_reach_arrives_as_it_was_said() {
+    let server = Server::start().await;
+    let mut worker = Worker::start(server.address, WorkerId::generate());
+    for (generation, egress) in (1..).zip([Egress::Open, Egress::Blocked]) {
+        let spec = Arc::new(ContainerSpec { egress, ..spec() });
+        server.desire(generation, vec![wanted(ContainerId::generate(), &spec)]);
+        assert_eq!(worker.set().await.containers[0].spec.egress, spec.egress);
+    }
+    worker.end().await;
 }
 
 #[tokio::test]

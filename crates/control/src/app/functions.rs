@@ -4,11 +4,13 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use ionian_domain::app::App;
+use ionian_domain::container::RuntimeKind;
 use ionian_domain::environment::Environment;
 use ionian_domain::function::{Autoscaler, Binding, ContainerUse, Function, FunctionSpec};
+use ionian_domain::network::Egress;
 use ionian_domain::web::{WebKind, WebSpec};
 use ionian_domain::{AppId, ClassId, DefinitionId, FunctionId, Timestamp};
-use ionian_scheduler::{Event, PoolSettings, PoolStats};
+use ionian_scheduler::{Event, PoolSettings, PoolStats, Scheduler};
 use sha2::{Digest, Sha256};
 
 use super::routes;
@@ -90,6 +92,7 @@ impl Functions<'_> {
         if spec.name.is_empty() {
             return Err(Error::invalid("the function has no name"));
         }
+        self.check_isolation(&spec).await?;
         let existing = self.0.store().functions().find(id).await?;
         let unchanged = existing
             .as_ref()
@@ -108,6 +111,37 @@ impl Functions<'_> {
         self.0.store().functions().upsert(&function).await?;
         self.0.call_targets().forget(function.id);
         Ok(function)
+    }
+
+    /// Whether containers of this function can be kept apart as it asks, and as the operator does.
+    async fn check_isolation(&self, spec: &FunctionSpec) -> Result<()> {
+        let config = self.0.config();
+        let runtime = config.runtime_of(spec);
+        // Without a worker nothing is known; the function waits for one.
+        let there = self.0.turn().inspect(Scheduler::runtimes).await?;
+        if let Some(wanted) = spec.runtime {
+            if wanted != runtime {
+                return Err(Error::invalid(format!(
+                    "{}: the runtime {wanted} isolates less than {}, which the operator of this server has chosen for \
+                     all functions; leave it out, or have the operator set `runtime.allow_weaker`",
+                    spec.name, config.runtime
+                )));
+            }
+            if let Some(there) = there.filter(|there| !there.contains(wanted)) {
+                return Err(Error::invalid(format!(
+                    "{}: no worker of this server has the runtime {wanted}; there is {there}{}",
+                    spec.name,
+                    how_to_get(wanted)
+                )));
+            }
+        }
+        match (runtime, &spec.egress) {
+            (RuntimeKind::Process, Egress::Blocked | Egress::Allow(_)) => Err(Error::invalid(format!(
+                "{}: the process runtime of this server cannot limit what a function reaches on the network",
+                spec.name
+            ))),
+            (RuntimeKind::Process, Egress::Open) | (RuntimeKind::Runc | RuntimeKind::Gvisor, _) => Ok(()),
+        }
     }
 
     pub async fn get(&self, id: FunctionId) -> Result<Function> {
@@ -214,7 +248,7 @@ impl Functions<'_> {
         let _turn = self.0.apps_turn().lock().await;
         let app = self.0.apps().get(base.app_id).await?;
         if app.state.accepts_work() {
-            self.0.turn().tell(Control::activation(&function)).await?;
+            self.0.turn().tell(self.0.activation(&function)).await?;
         }
         Ok(function)
     }
@@ -285,6 +319,15 @@ impl Functions<'_> {
     }
 }
 
+fn how_to_get(runtime: RuntimeKind) -> &'static str {
+    match runtime {
+        RuntimeKind::Gvisor => {
+            "; install runsc on a worker and start it again (`ionian doctor` tells whether it is found)"
+        }
+        RuntimeKind::Runc | RuntimeKind::Process => "",
+    }
+}
+
 /// Equal bindings are one variant.
 fn variant_id(base: FunctionId, params: &[u8], options: &[u8]) -> FunctionId {
     let mut hasher = Sha256::new();
@@ -301,19 +344,19 @@ impl Control {
         let published = self.published_functions(app).await?;
         for function in &published {
             self.autoscaler_overrides().lock().remove(&function.id);
-            self.turn().tell(Self::activation(function)).await?;
+            self.turn().tell(self.activation(function)).await?;
         }
         for bound in self.store().functions().list_by_app(app.id).await? {
             let Some(binding) = &bound.binding else { continue };
             if published.iter().any(|function| function.id == binding.base) {
                 self.autoscaler_overrides().lock().remove(&bound.id);
-                self.turn().tell(Self::activation(&bound)).await?;
+                self.turn().tell(self.activation(&bound)).await?;
             }
         }
         Ok(())
     }
 
-    pub(crate) fn activation(function: &Function) -> Event {
+    pub(crate) fn activation(&self, function: &Function) -> Event {
         let spec = &function.spec;
         let slots = spec.concurrency.max_inputs.max(1);
         let target = spec.concurrency.target_inputs;
@@ -333,6 +376,7 @@ impl Control {
                 single_use: spec.container_use == ContainerUse::Single,
                 cpu_millis: spec.resources.cpu_millis.unwrap_or(DEFAULT_CPU_MILLIS),
                 memory_mib: spec.resources.memory_mib.unwrap_or(DEFAULT_MEMORY_MIB),
+                runtime: self.config().runtime_of(spec),
             },
         }
     }

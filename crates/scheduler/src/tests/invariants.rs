@@ -520,6 +520,9 @@ fn starts(state: &State, now: Timestamp, turn: &Turn) -> Result<(), String> {
         let Some(capacity) = capacity else {
             return Err(format!("{container_id} starts on {worker_id}, which did not connect"));
         };
+        ensure(capacity.runtimes.contains(pool.settings.runtime), || {
+            format!("{container_id} starts on {worker_id}, which does not have its runtime")
+        })?;
         let there: Vec<&Container> = state
             .containers
             .values()
@@ -533,6 +536,7 @@ fn starts(state: &State, now: Timestamp, turn: &Turn) -> Result<(), String> {
             .values()
             .filter(|worker| !worker.is_silent)
             .filter_map(|worker| worker.capacity)
+            .filter(|other| other.runtimes.contains(pool.settings.runtime))
             .any(|other| other.cpu_millis >= pool.settings.cpu_millis && other.memory_mib >= pool.settings.memory_mib);
         ensure(fits || there.len() == 1 && !fits_elsewhere, || {
             format!("{worker_id} is over its resources: {cpu} and {memory}")

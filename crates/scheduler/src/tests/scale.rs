@@ -7,6 +7,7 @@
 use std::time::{Duration, Instant};
 
 use ionian_domain::call::{Call, CallKind, InputPayload, Invocation, Payload};
+use ionian_domain::container::RuntimeKind;
 use ionian_domain::function::{Autoscaler, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::{NewInput, Recovered};
@@ -41,6 +42,7 @@ fn activated(function_id: FunctionId) -> Event {
         single_use: false,
         cpu_millis: 1,
         memory_mib: 1,
+        runtime: RuntimeKind::Runc,
     };
     Event::FunctionActivated { function_id, settings }
 }

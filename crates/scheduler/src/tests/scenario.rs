@@ -24,6 +24,7 @@
 //! | `restart alone` | the same, and no worker connects |
 //! | `restart slowly` | the same, with a turn before the record is read |
 //! | `worker w cpu=1000 memory=500 starts=1` | a worker connects; `w` is there from the beginning |
+//! | `worker v gvisor` | the same; it has this runtime too |
 //! | `heard w` / `started A` | a sign of life; the worker says that the container runs |
 //! | `away 5m` | time passes, and the server is down |
 //! | `announced A` | its web endpoints were noted |
@@ -37,7 +38,7 @@ use std::time::Duration;
 
 use expect_test::Expect;
 use ionian_domain::call::{AttemptNumber, CallKind};
-use ionian_domain::container::{ContainerExit, StopReason};
+use ionian_domain::container::{ContainerExit, RuntimeKind, StopReason};
 use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::{NewInput, Recovered};
@@ -399,11 +400,13 @@ impl Story {
             single_use: false,
             cpu_millis: 100,
             memory_mib: 100,
+            runtime: RuntimeKind::Runc,
         };
         for word in words {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             match key {
                 "web" => settings.is_web = true,
+                "gvisor" => settings.runtime = RuntimeKind::Gvisor,
                 "once" => settings.single_use = true,
                 "v" => settings.definition_id = id(&format!("v{value}")),
                 "min" => settings.autoscaler.min_containers = value.parse().unwrap(),
@@ -537,8 +540,13 @@ fn worker_connected(name: &str, words: &[&str]) -> Event {
         cpu_millis: 2_000,
         memory_mib: 2_000,
         max_starting: 2,
+        runtimes: [RuntimeKind::Runc].into(),
     };
     for word in words {
+        if *word == "gvisor" {
+            capacity.runtimes = [RuntimeKind::Runc, RuntimeKind::Gvisor].into();
+            continue;
+        }
         let (key, value) = word.split_once('=').unwrap();
         let value = value.parse().unwrap();
         match key {

@@ -150,6 +150,7 @@ catches! {
     more_inputs_than_were_asked_for: IgnoresPollLimit => "more than it asked for";
     a_pool_beyond_its_maximum: IgnoresMaximum => "larger than its maximum";
     a_machine_beyond_its_resources: IgnoresRoom => "over its resources";
+    a_machine_without_the_runtime: IgnoresRuntime => "does not have its runtime";
     too_many_starts_at_once: IgnoresStartLimit => "start at once";
     an_attempt_beyond_its_time: IgnoresTimeouts => "overran its time";
     restarts_without_pause: NeverBacksOff => "started again at once";

@@ -91,6 +91,7 @@ pub(super) fn ordered(command: &Command) -> Option<String> {
         Command::BackedOff { failures, until, .. } => {
             format!("{failures} failures, pause until {}s", until.as_unix_seconds())
         }
+        Command::RuntimeMissing { function_id, runtime } => format!("no {runtime} for {}", name(*function_id)),
     })
 }
 

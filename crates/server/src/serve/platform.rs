@@ -10,7 +10,6 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use ionian_api::Api;
 use ionian_blobs::{ContentHash, ContentStore};
-use ionian_container::Runtime;
 use ionian_control::Control;
 use ionian_image::base::{BaseConfig, BaseImages};
 use ionian_image::build::DEFAULT_STEP_TIMEOUT;
@@ -22,6 +21,7 @@ use ionian_worker::{
 use tower::ServiceExt;
 
 use crate::config::Config;
+use crate::serve::runtimes::Runtimes;
 
 /// Secrets of build steps are written to memory only.
 const VOLATILE_DIR: &str = "/dev/shm";
@@ -65,7 +65,7 @@ impl Content {
 
 pub(crate) async fn worker(
     config: &Config,
-    runtime: Arc<dyn Runtime>,
+    runtimes: &Runtimes,
     layers: LayerStore,
     content: Content,
 ) -> anyhow::Result<WorkerSetup> {
@@ -85,8 +85,12 @@ pub(crate) async fn worker(
     base.debian.mirror.clone_from(&config.debian_mirror);
     let base_images = Arc::new(BaseImages::new(base).context("cannot prepare the sources of base images")?);
     let steps: Arc<dyn ionian_image::StepRunner> = Arc::new(
-        ContainerSteps::open(Arc::clone(&runtime), &state_dir.join("steps"), StepLimits::for_host())
-            .context("cannot prepare image builds")?,
+        ContainerSteps::open(
+            Arc::clone(&runtimes.builds),
+            &state_dir.join("steps"),
+            StepLimits::for_host(),
+        )
+        .context("cannot prepare image builds")?,
     );
     let binds = trust.binds();
     let mut pip_env = trust.trust_env(&[]);
@@ -110,7 +114,7 @@ pub(crate) async fn worker(
     let process_python = config.process_python.clone();
     let (open_images, open_steps, open_bundles) = (images.clone(), Arc::clone(&steps), Arc::clone(&bundles));
     let builder = ionian_worker::Builder::new(images, bundles, steps);
-    let runtimes = vec![runtime];
+    let runtimes = runtimes.offered.clone();
     let found = find_containers(&runtimes).await;
     let worker = Box::new(move |logs: LogSink| {
         Worker::open(WorkerParts {

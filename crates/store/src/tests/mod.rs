@@ -22,6 +22,7 @@ use bytes::Bytes;
 use ionian_domain::Timestamp;
 use ionian_domain::app::{App, AppLayout, AppState};
 use ionian_domain::call::{AttemptNumber, Call, CallKind, InputPayload, Invocation, Payload};
+use ionian_domain::container::RuntimeKind;
 use ionian_domain::environment::Environment;
 use ionian_domain::function::{
     Autoscaler, Batching, Concurrency, ContainerUse, Function, FunctionKind, FunctionSpec, GpuRequest, Resources,
@@ -30,6 +31,7 @@ use ionian_domain::function::{
 use ionian_domain::ids::{
     AppId, CallId, ContainerId, DefinitionId, EnvironmentId, FunctionId, ImageId, InputId, MountId, SecretId, VolumeId,
 };
+use ionian_domain::network::Egress;
 use ionian_domain::outcome::{Outcome, OutcomeStatus};
 use ionian_domain::record::{NewInput, Write};
 use ionian_domain::web::{WebKind, WebSpec};
@@ -157,6 +159,8 @@ pub(crate) fn function(app: &App, name: &str) -> Function {
             web: Some(web_spec("app-f")),
             web_methods: vec![("m".to_owned(), web_spec("app-c-m"))],
             methods: vec!["m".to_owned()],
+            runtime: Some(RuntimeKind::Gvisor),
+            egress: Egress::Allow(vec!["10.0.0.0/8".parse().unwrap()]),
             mount_client_dependencies: true,
             client_version: "1.6.4".to_owned(),
             definition: Bytes::from_static(b"\x00a definition\xff"),

@@ -7,6 +7,7 @@ use ionian_domain::app::AppState;
 use ionian_domain::call::{AttemptNumber, Payload};
 use ionian_domain::container::ContainerExit;
 use ionian_domain::image::ImageState;
+use ionian_domain::network::Egress;
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::Write;
 use ionian_domain::{ErrorKind, Timestamp};
@@ -147,6 +148,8 @@ async fn a_data_directory_of_the_first_schema_opens() {
     let function = store.functions().find_published(function_id).await.unwrap().unwrap();
     assert_eq!(function.spec.web.as_ref().unwrap().label, "hello-f");
     assert_eq!(function.spec.definition.as_ref(), b"\x01\x02");
+    // Before functions could choose, all were like this.
+    assert_eq!((function.spec.runtime, &function.spec.egress), (None, &Egress::Open));
     assert_eq!(store.classes().list_by_app(app.id).await.unwrap().len(), 1);
     let images = store.images().list(10).await.unwrap();
     assert!(matches!(&images[0].state, ImageState::Ready { image } if image.layers == ["layer-1"]));

@@ -118,7 +118,13 @@ fn hello(config: &LinkConfig, run_id: &str, state: &LinkState) -> pb::Hello {
             memory_mib: config.capacity.memory_mib,
             max_starting: config.capacity.max_starting,
         }),
-        runtimes: config.runtimes.iter().map(|kind| wire::runtime(*kind).into()).collect(),
+        runtimes: config
+            .capacity
+            .runtimes
+            .iter()
+            .map(|kind| wire::runtime(kind).into())
+            .collect(),
+        limits_egress: true,
         container_ids: state
             .found
             .iter()

@@ -10,6 +10,7 @@ use ionian_domain::function::{GpuRequest, Resources, VolumeMount};
 use ionian_domain::image::{BuiltImage, ImageConfig, ImageMetadata, ImageSpec, RegistryAuth};
 use ionian_domain::log::LogEntry;
 use ionian_domain::mount::MountFile;
+use ionian_domain::network::Egress;
 use ionian_domain::worker::{DesiredState, WorkerReport};
 use ionian_domain::{ContainerId, ImageId};
 use ionian_image::base::RegistryCredentials;
@@ -175,8 +176,23 @@ pub(crate) fn spec(spec: pb::ContainerSpec) -> Result<(ContainerId, ContainerSpe
         client_version: spec.client_version,
         mount_client_dependencies: spec.mount_client_dependencies,
         web_hook,
+        egress: egress(spec.egress)?,
     };
     Ok((id(&spec.container_id)?, container))
+}
+
+fn egress(egress: Option<pb::Egress>) -> Result<Egress, Malformed> {
+    let Some(egress) = egress else {
+        return Ok(Egress::Open);
+    };
+    if egress.allowed_cidrs.is_empty() {
+        return Ok(Egress::Blocked);
+    }
+    let ranges = egress.allowed_cidrs.iter().map(|text| text.parse());
+    ranges
+        .collect::<Result<_, _>>()
+        .map(Egress::Allow)
+        .map_err(|_| malformed("a range of addresses"))
 }
 
 pub(crate) fn build(build: pb::Build) -> Result<BuildOrder, Malformed> {

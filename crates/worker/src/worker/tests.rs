@@ -91,7 +91,13 @@ impl World {
                 concurrent_starts,
                 ..WorkerLimits::for_host()
             },
-            found,
+            found: found
+                .into_iter()
+                .map(|container| FoundContainer {
+                    runtime: RuntimeKind::Process,
+                    container,
+                })
+                .collect(),
             process_python: Some(python),
         })
         .unwrap();
@@ -523,6 +529,23 @@ async fn what_the_first_set_names_is_adopted_and_the_rest_removed() {
     world.desire(&[(kept, &spec, stopped(PATIENCE))]);
     assert_eq!(world.exit(kept).await, ContainerExit::Exited { code: 7 });
     world.said("bye").await;
+    world.shut_down().await;
+}
+
+#[tokio::test]
+async fn what_is_isolated_less_than_is_wanted_now_is_not_adopted() {
+    let root = tempfile::tempdir().unwrap();
+    let id = ContainerId::generate();
+    let found = vec![left_behind(root.path(), id, "sleep 60").await];
+    let process = Path::new("/proc").join(found[0].pid.to_string());
+    let mut world = World::open(root, 4, found);
+    let isolated = Arc::new(ContainerSpec {
+        runtime: RuntimeKind::Runc,
+        ..(*script("echo never")).clone()
+    });
+    world.desire_known(&[id], &isolated);
+    assert_eq!(world.exit(id).await, ContainerExit::Lost);
+    assert!(!process.exists());
     world.shut_down().await;
 }
 

@@ -183,6 +183,7 @@ fn config(dir: &Path) -> ControlConfig {
         public_port: 8080,
         image_builder_version: "2025.06".to_owned(),
         runtime: RuntimeKind::Process,
+        allow_weaker_runtime: false,
         container_server_url: "http://10.0.0.1:9".to_owned(),
         web_hook: true,
         data_dir: dir.to_owned(),
@@ -193,6 +194,7 @@ fn config(dir: &Path) -> ControlConfig {
             cpu_millis: 64_000,
             memory_mib: 64_000,
             max_starting: 64,
+            runtimes: [RuntimeKind::Process].into(),
         }),
         scheduler: ionian_scheduler::Config::default(),
     }

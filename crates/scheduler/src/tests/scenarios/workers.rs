@@ -303,3 +303,111 @@ fn a_worker_that_is_heard_again_takes_containers() {
         "#]],
     );
 }
+
+#[test]
+fn a_container_goes_where_its_runtime_is() {
+    check(
+        "
+        worker y cpu=100 gvisor
+        fn f gvisor
+        map m f 2
+        +5s
+        worker y cpu=200 gvisor
+        ",
+        &expect![[r#"
+            0s worker y cpu=100 gvisor
+            0s fn f gvisor
+            0s map m f 2
+                record: call m, m.0 m.1 waits, A for f on y
+                answer: yes
+                desired: A on y
+            5s …
+            5s worker y cpu=200 gvisor
+                record: B for f on y
+                desired: A on y, B on y
+        "#]],
+    );
+}
+
+#[test]
+fn a_function_whose_runtime_nobody_has_waits_and_that_is_said_once() {
+    check(
+        "
+        fn f gvisor
+        call c f
+        +5s
+        call d f
+        fn f gvisor v=2
+        worker y gvisor
+        ",
+        &expect![[r#"
+            0s fn f gvisor
+            0s call c f
+                record: call c, c.0 waits
+                answer: yes
+                order: no gvisor for f
+            5s call d f
+                record: call d, d.0 waits
+                answer: yes
+            5s fn f gvisor v=2
+                order: no gvisor for f
+            5s worker y gvisor
+                record: A for f on y, B for f on y
+                desired: A on y, B on y
+        "#]],
+    );
+}
+
+/// An idle container on another worker is left alone.
+#[test]
+fn room_is_made_where_the_runtime_is() {
+    check(
+        "
+        worker y cpu=100 gvisor
+        fn f cpu=2000
+        call c f
+        poll A
+        done A c.0
+        poll A
+        fn g gvisor
+        call d g
+        poll B
+        fn h gvisor
+        call e h
+        done B d.0
+        poll B
+        ",
+        &expect![[r#"
+            0s worker y cpu=100 gvisor
+            0s fn f cpu=2000
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s done A c.0
+                record: c.0 is Success (output 1)
+                answer: yes
+            0s poll A
+            0s fn g gvisor
+            0s call d g
+                record: call d, d.0 waits, B for g on y
+                answer: yes
+                desired: A, B on y
+            0s poll B
+                record: d.0 on B
+                answer: B gets d.0
+            0s fn h gvisor
+            0s call e h
+                record: call e, e.0 waits
+                answer: yes
+            0s done B d.0
+                record: d.0 is Success (output 1)
+                answer: yes
+            0s poll B
+                answer: B ends itself
+        "#]],
+    );
+}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ionian_domain::container::StopReason;
+use ionian_domain::container::{RuntimeKind, StopReason};
 use ionian_domain::function::{Autoscaler, Batching, RetryPolicy};
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::{ContainerId, Outcome};
@@ -49,6 +49,7 @@ impl World {
             // Five of the largest minima and one more fit onto the first worker.
             cpu_millis: 100 + 50 * self.random.below(5),
             memory_mib: 256,
+            runtime: self.runtime(),
         };
         let never_polls = is_web && self.random.percent(30);
         let is_broken = self.random.percent(10);
@@ -60,6 +61,14 @@ impl World {
             never_polls,
             failures: (0, self.now),
         });
+    }
+
+    fn runtime(&mut self) -> RuntimeKind {
+        if self.random.percent(30) {
+            RuntimeKind::Gvisor
+        } else {
+            RuntimeKind::Runc
+        }
     }
 
     pub(super) fn autoscaler(&mut self) -> Autoscaler {

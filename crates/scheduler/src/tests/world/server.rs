@@ -90,7 +90,10 @@ impl World {
         }
         for command in turn.commands {
             match command {
-                Command::OutputsReady { .. } | Command::Forget { .. } | Command::BackedOff { .. } => {}
+                Command::OutputsReady { .. }
+                | Command::Forget { .. }
+                | Command::BackedOff { .. }
+                | Command::RuntimeMissing { .. } => {}
                 Command::CancelInputs {
                     container_id,
                     input_ids,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ionian_domain::container::ContainerExit;
+use ionian_domain::container::{ContainerExit, RuntimeKind};
 use ionian_domain::worker::{DesiredState, WorkerCapacity};
 use ionian_domain::{ContainerId, WorkerId};
 
@@ -65,10 +65,16 @@ impl World {
             } else {
                 600 + 400 * self.random.below(4)
             };
+            let runtimes = if index == 0 || self.random.percent(50) {
+                [RuntimeKind::Runc, RuntimeKind::Gvisor].into()
+            } else {
+                [RuntimeKind::Runc].into()
+            };
             let capacity = WorkerCapacity {
                 cpu_millis,
                 memory_mib: 4_096,
                 max_starting: 1 + self.random.below(3),
+                runtimes,
             };
             let id = numbered(self.number());
             self.workers.push(WorkerModel {
