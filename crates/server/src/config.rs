@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use ionian_container::UserNamespaces;
 use ionian_container::config::AddressPool;
 use ionian_domain::container::RuntimeKind;
 use ionian_image::base::BaseSource;
@@ -31,6 +32,7 @@ pub(crate) struct Config {
     pub debian_mirror: Option<String>,
     pub runtime: RuntimeKind,
     pub address_pool: AddressPool,
+    pub user_namespaces: UserNamespaces,
     pub process_python: Option<PathBuf>,
     pub cpu_millis: u32,
     pub memory_mib: u32,
@@ -60,6 +62,7 @@ impl Default for Config {
             debian_mirror: None,
             runtime: RuntimeKind::Runc,
             address_pool: AddressPool::default(),
+            user_namespaces: UserNamespaces::default(),
             process_python: None,
             cpu_millis: 0,
             memory_mib: 0,

@@ -41,6 +41,7 @@ const CLIENT_HEARTBEAT_TIMEOUT: Duration = Duration::from_mins(1);
 pub(crate) fn container_config(config: &Config) -> ContainerConfig {
     let mut container = ContainerConfig::new(config.instance_id(), config.data_dir.join("containers"));
     container.address_pool = config.address_pool;
+    container.user_namespaces = config.user_namespaces;
     container
 }
 
