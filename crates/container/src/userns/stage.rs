@@ -198,3 +198,107 @@ fn bring_loopback_up() -> io::Result<()> {
     nix::errno::Errno::result(result)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+    use crate::userns::ranges::IdRange;
+
+    fn can_map() -> Option<Arc<IdMap>> {
+        if !nix::unistd::geteuid().is_root() {
+            println!("skipped: needs root");
+            return None;
+        }
+        match IdMap::create(IdRange::TRIAL) {
+            Ok(map) => Some(Arc::new(map)),
+            Err(error) => {
+                println!("skipped: no user namespaces here: {error}");
+                None
+            }
+        }
+    }
+
+    fn directory(root: &Path, name: &str) -> PathBuf {
+        let path = root.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// The second way is for kernels before 6.15, and works on later ones too.
+    #[test]
+    fn a_root_is_stacked_of_mapped_layers_in_both_ways() {
+        let Some(map) = can_map() else { return };
+        let first = IdRange::TRIAL.first();
+        let data = tempfile::tempdir().unwrap();
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = directory(memory.path(), "stage");
+        let lower_dirs: Vec<PathBuf> = (0..40)
+            .map(|index| directory(data.path(), &format!("layers/{index}/fs")))
+            // On another mount, and with a path that the kernel would not take as it is.
+            .chain([directory(memory.path(), &format!("a:b,c/{}", "x".repeat(250)))])
+            .collect();
+        for (index, layer) in lower_dirs.iter().enumerate() {
+            fs::write(layer.join("shared"), index.to_string()).unwrap();
+        }
+        std::os::unix::fs::chown(lower_dirs[3].join("shared"), Some(1000), Some(29)).unwrap();
+        fs::rename(lower_dirs[3].join("shared"), lower_dirs[3].join("webs")).unwrap();
+        for (number, layers) in [Layers::Detached, Layers::Attached].into_iter().enumerate() {
+            let upper_dir = directory(data.path(), &format!("upper-{number}"));
+            let work_dir = directory(data.path(), &format!("work-{number}"));
+            let writable = WritableLayer {
+                upper_dir: &upper_dir,
+                work_dir: &work_dir,
+                volatile: false,
+            };
+            let (stage, guard) = Stage::mount(&place, &map).unwrap();
+            let root = match stage.mount_root(&lower_dirs, writable, layers) {
+                Ok(root) => root,
+                Err(error) if layers == Layers::Detached => {
+                    println!(
+                        "skipped: this kernel takes no detached layers: {}",
+                        crate::chain(&error)
+                    );
+                    continue;
+                }
+                Err(error) => panic!("{}", crate::chain(&error)),
+            };
+            assert_eq!(fs::metadata(&place).unwrap().uid(), first);
+            assert_eq!(fs::metadata(&place).unwrap().mode() & 0o7777, 0o700);
+            assert_eq!(fs::read_to_string(root.path().join("shared")).unwrap(), "40");
+            let webs = fs::metadata(root.path().join("webs")).unwrap();
+            assert_eq!((webs.uid(), webs.gid()), (first + 1000, first + 29));
+            // What the container does, of which the host sees the image's ids.
+            std::os::unix::fs::chown(root.path().join("webs"), Some(first + 7), Some(first)).unwrap();
+            let written = fs::metadata(upper_dir.join("webs")).unwrap();
+            assert_eq!((written.uid(), written.gid()), (7, 0));
+            root.unmount().unwrap();
+            guard.unmount().unwrap();
+            assert_eq!(crate::mounts::below(memory.path()).unwrap(), Vec::<PathBuf>::new());
+        }
+    }
+
+    /// As the views of other stages are that a build step binds.
+    #[test]
+    fn what_has_no_owners_to_move_is_bound_for_reading_and_refused_for_writing() {
+        let Some(map) = can_map() else { return };
+        let data = tempfile::tempdir().unwrap();
+        let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+        let place = directory(memory.path(), "stage");
+        let lower_dirs = [directory(data.path(), "one"), directory(data.path(), "other")];
+        fs::write(lower_dirs[0].join("file"), "seen").unwrap();
+        let view = directory(data.path(), "view");
+        let _view = mount_overlay(&lower_dirs, None, &view).unwrap();
+        let (stage, _guard) = Stage::mount(&place, &map).unwrap();
+        let bind = |read_only| Bind {
+            source: view.clone(),
+            target: "/view".to_owned(),
+            read_only,
+        };
+        let bound = stage.mount_bind(0, &bind(true)).unwrap();
+        assert_eq!(fs::read_to_string(bound.join("file")).unwrap(), "seen");
+        let error = stage.mount_bind(1, &bind(false)).unwrap_err();
+        assert!(error.to_string().contains("cannot map owners"), "{error}");
+    }
+}

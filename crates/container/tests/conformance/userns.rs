@@ -153,7 +153,7 @@ async fn owners_are_the_same_inside_and_on_disk() {
     std::fs::write(shared.path().join("webs"), "").unwrap();
     chown(shared.path().join("webs"), Some(1000), Some(29)).unwrap();
     let script = "cd /shared; cat secret; [ -O secret ] && echo mine; ls -ln webs; : > new; : > given; \
-                  mkdir dir; chmod 4750 given; ls -ln given";
+                  mkdir -m 4750 dir; ls -ldn dir";
     let bind = |target: &str, read_only| Bind {
         source: shared.path().to_owned(),
         target: target.to_owned(),
@@ -169,7 +169,7 @@ async fn owners_are_the_same_inside_and_on_disk() {
         finished.stderr
     );
     assert!(
-        finished.stdout.contains("1000 29") && finished.stdout.contains("-rwsr-x---"),
+        finished.stdout.contains("1000 29") && finished.stdout.contains("drwsr-x---"),
         "{}",
         finished.stdout
     );
@@ -181,7 +181,7 @@ async fn owners_are_the_same_inside_and_on_disk() {
     // Another user of the image reads what it may and no more.
     let mut launch = platform.shell(
         "web",
-        "cat /shared/secret; : > /shared/no; cat /shared/webs && echo read",
+        "cat /shared/secret; touch /shared/no; cat /shared/webs && echo read",
     );
     launch.user = Some("web:29".to_owned());
     launch.binds = vec![bind("/shared", true)];
@@ -239,7 +239,7 @@ async fn a_build_changes_owners_and_its_layer_has_the_images_ids() {
     launch.argv = ["sh", "-c", script].map(str::to_owned).into();
     let finished = platform.run(launch).await;
     assert!(
-        finished.stdout.contains("-rwsr-xr-x 1 1000 1000") && finished.stdout.ends_with("\n0\n"),
+        finished.stdout.starts_with("-rwsr-xr-x 1  1000  1000 ") && finished.stdout.ends_with("\n0\n"),
         "{}{}",
         finished.stdout,
         finished.stderr
