@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -26,7 +27,7 @@ use super::ranges::{IDS_PER_CONTAINER, IdRange};
 const HELPER_STACK_BYTES: usize = 64 << 10;
 
 /// The helper ends by itself should this process be killed meanwhile; it is needed for microseconds.
-const HELPER_SECONDS: libc::time_t = 10;
+const HELPER_LIMIT: Duration = Duration::from_secs(10);
 
 /// The container's ids, for mounts.
 #[derive(Debug)]
@@ -129,10 +130,10 @@ impl Drop for Helper {
     }
 }
 
-/// Ends by itself after [`HELPER_SECONDS`].
+/// Ends by itself after [`HELPER_LIMIT`].
 extern "C" fn wait_to_be_killed(_: *mut libc::c_void) -> c_int {
     let limit = libc::timespec {
-        tv_sec: HELPER_SECONDS,
+        tv_sec: HELPER_LIMIT.as_secs().cast_signed(),
         tv_nsec: 0,
     };
     // SAFETY: waits for no descriptor, for as long as `limit` says, which is on this stack; then ends this process
