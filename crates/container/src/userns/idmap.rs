@@ -267,6 +267,8 @@ pub(crate) enum Layers {
 /// directory that they have in common, so that the number of layers costs nothing.
 pub(crate) struct MappedPaths {
     groups: Vec<Group>,
+    /// Must stay open until the overlay has been made.
+    _detached: Vec<OwnedFd>,
 }
 
 struct Group {
@@ -274,8 +276,6 @@ struct Group {
     common: PathBuf,
     /// Where the common directory is found with its owners moved.
     seen_at: PathBuf,
-    /// Must stay open until the overlay has been made.
-    _tree: Option<OwnedFd>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -298,10 +298,10 @@ impl MappedPaths {
                     mount,
                     common: path,
                     seen_at: PathBuf::new(),
-                    _tree: None,
                 }),
             }
         }
+        let mut detached = Vec::new();
         for (index, group) in groups.iter_mut().enumerate() {
             let failed = |source| MapError::Map {
                 path: group.common.clone(),
@@ -312,7 +312,7 @@ impl MappedPaths {
             match layers {
                 Layers::Detached => {
                     group.seen_at = PathBuf::from(format!("/proc/self/fd/{}", tree.as_raw_fd()));
-                    group._tree = Some(tree);
+                    detached.push(tree);
                 }
                 Layers::Attached => {
                     let target = place.join(format!("layers-{index}"));
@@ -322,7 +322,10 @@ impl MappedPaths {
                 }
             }
         }
-        Ok(Self { groups })
+        Ok(Self {
+            groups,
+            _detached: detached,
+        })
     }
 
     /// One of the directories that this was made of.

@@ -4,7 +4,7 @@
 //! signal or trace each other should they ever meet, and what the kernel counts by user (processes, keys, watches,
 //! pending signals) is counted for each alone.
 //!
-//! The ranges lie from 0x7000_0000 to 0x7FFD_FFFF: the part of the ids that systemd's list of assignments leaves
+//! The ranges lie from `0x7000_0000` to `0x7FFD_FFFF`: the part of the ids that systemd's list of assignments leaves
 //! unused, above what `useradd` hands out to users and in `/etc/subuid`, and below 2^31, beyond which programs
 //! take ids for negative. What `/etc/subuid`, `/etc/subgid`, `/etc/passwd` and `/etc/group` name all the same is
 //! left out.
@@ -244,7 +244,7 @@ mod tests {
         let claims = directory.path().join("claims");
         let open = |instance: &str| IdRanges::open_in(&claims, instance, BTreeSet::from([2])).unwrap();
         // Both begin at 1.
-        let (one, other) = (open("00000001"), open(&format!("{:08x}", MAX_RANGES)));
+        let (one, other) = (open("00000001"), open(&format!("{MAX_RANGES:08x}")));
         assert_eq!(one.start, other.start);
         let first = one.claim("a").unwrap();
         let second = other.claim("a").unwrap();
