@@ -25,7 +25,7 @@ use ionian_domain::container::RuntimeKind;
 use nix::fcntl::{Flock, FlockArg};
 
 use self::adoption::Adoptable;
-use self::leftovers::{Keep, Leftovers, reap};
+use self::leftovers::{Keep, Leftovers, reap, remove_stage};
 use self::start::start;
 use crate::cgroup::Hierarchies;
 use crate::config::ContainerConfig;
@@ -248,6 +248,9 @@ impl Runtime for RuncRuntime {
                 .remove(&inner.config.cgroup_path())
                 .map_err(ReapError::from)?;
             ranges::remove_directory_if_empty();
+            let stages = inner.config.stages_dir();
+            // Not with what is in them: they are empty, or users' directories are still mounted there.
+            remove_stage(&stages).map_err(|source| ReapError::Remove { path: stages, source })?;
             let volatile = &inner.config.volatile_dir;
             match std::fs::remove_dir_all(volatile) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(ReapError::Remove {

@@ -171,7 +171,6 @@ impl Leftovers {
             self.paths.directory.clone(),
             self.paths.specification.clone(),
             self.inner.config.runc_root().join(&name),
-            stage_of(&self.inner.config, &name),
         ];
         let _reader = keeper::let_end(&self.paths.specification);
         for directory in directories {
@@ -185,6 +184,12 @@ impl Leftovers {
                     }),
             );
         }
+        let stage = stage_of(&self.inner.config, &name);
+        results.push(remove_stage(&stage).map(|_| ()).map_err(|source| DisposeError::Remove {
+            name: name.clone(),
+            path: stage,
+            source,
+        }));
         // Last: nothing with these ids is left.
         if let Some(claim) = self.ids.take() {
             let path = PathBuf::from(format!("the claim of ids {}", claim.number()));
@@ -351,11 +356,14 @@ pub(super) fn reap(
         }
     }
     report.interfaces = network::reap_links(&Names::of(config), keep.links).map_err(ReapError::Network)?;
-    for parent in [containers.clone(), specifications, config.runc_root(), stages.clone()] {
-        // There are no stages where there never were user namespaces.
-        if parent == stages && !parent.exists() {
+    for name in stages_in(&stages).map_err(read(&stages))? {
+        if (keep.container)(&name) {
             continue;
         }
+        let path = stages.join(&name);
+        report.directories += usize::from(remove_stage(&path).map_err(|source| ReapError::Remove { path, source })?);
+    }
+    for parent in [containers.clone(), specifications, config.runc_root()] {
         for name in names_in(&parent).map_err(read(&parent))? {
             if (keep.container)(&name) {
                 continue;
@@ -375,6 +383,14 @@ pub(super) fn reap(
     Ok(report)
 }
 
+/// None where there never were user namespaces.
+fn stages_in(directory: &Path) -> io::Result<Vec<String>> {
+    match names_in(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        result => result,
+    }
+}
+
 fn names_in(directory: &Path) -> io::Result<Vec<String>> {
     fs::read_dir(directory)?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
@@ -391,6 +407,16 @@ fn kill_keeper(name: &str, record: &Record) -> Result<(), ReapError> {
         Ok(true) => Ok(()),
         Ok(false) => Err(failed(io::Error::from(io::ErrorKind::TimedOut))),
         Err(error) => Err(failed(error)),
+    }
+}
+
+/// Whether there was one. It is empty once its mount is gone, and holds users' directories while it is not: so
+/// nothing is removed in it.
+pub(super) fn remove_stage(path: &Path) -> io::Result<bool> {
+    match fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
