@@ -63,3 +63,8 @@ def test_a_container_is_confined(inside):
     assert seen["seccomp"] == "2"
     assert seen["can_mount"] is False
     assert "MODAL_TOKEN_SECRET" not in seen["environment"]
+    inside_id, outside_id, count = seen["ids"]
+    told = inside.platform.command("doctor").stdout.splitlines()
+    if any(line.startswith("ok") and "user namespaces" in line for line in told):
+        assert (inside_id, count) == ("0", "65536")
+        assert int(outside_id) >= 0x7000_0000

@@ -1,6 +1,7 @@
 //! The OCI bundle that a container is started from.
 //!
-//! Pure but for [`write`]: what a [`Launch`] means as a runtime specification.
+//! Pure but for [`write`]: what a [`Launch`] means as a runtime specification. In a user namespace, the sources of
+//! its binds are those on the container's [`stage`](crate::userns::stage).
 //!
 //! **Capabilities.** Root in a container installs packages (`apt`, `dpkg`, `pip`), so it may change owners and
 //! modes, become other users, signal them, call `chroot`, bind low ports and give file capabilities away.
@@ -12,14 +13,15 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
     Capability, Linux, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
-    LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder, LinuxResources,
-    LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process,
-    ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    LinuxIdMappingBuilder, LinuxMemoryBuilder, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder,
+    LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimit, PosixRlimitBuilder, PosixRlimitType,
+    Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 use rustix::process::{Resource, getrlimit};
 
@@ -28,6 +30,7 @@ use crate::oci::OciProgram;
 use crate::passwd::Identity;
 use crate::runtime::{Bind, Launch, Limits};
 use crate::seccomp;
+use crate::userns::ranges::{IDS_PER_CONTAINER, IdRange};
 
 /// The version of the specification that runc 1.1 implements.
 const OCI_VERSION: &str = "1.0.2";
@@ -86,11 +89,14 @@ pub(crate) struct BundlePaths {
     pub directory: PathBuf,
     /// In memory: the specification, whose environment may hold secrets.
     pub specification: PathBuf,
+    /// What the container's own root must be able to reach: the mounted root and small files. The same as
+    /// `directory`, or its stage.
+    pub seen: PathBuf,
 }
 
 impl BundlePaths {
     pub(crate) fn root(&self) -> PathBuf {
-        self.directory.join("root")
+        self.seen.join("root")
     }
 
     pub(crate) fn pid_file(&self) -> PathBuf {
@@ -114,15 +120,15 @@ impl BundlePaths {
     }
 
     fn hosts(&self) -> PathBuf {
-        self.directory.join("hosts")
+        self.seen.join("hosts")
     }
 
     fn hostname(&self) -> PathBuf {
-        self.directory.join("hostname")
+        self.seen.join("hostname")
     }
 
     fn resolv_conf(&self) -> PathBuf {
-        self.directory.join("resolv.conf")
+        self.seen.join("resolv.conf")
     }
 }
 
@@ -133,6 +139,8 @@ pub(crate) struct BundleFacts<'a> {
     pub cgroup: &'a str,
     /// `None` gives the container an empty network namespace.
     pub network: Option<BundleNetwork>,
+    /// `None` runs the container with the host's ids.
+    pub user_namespace: Option<BundleUserNamespace>,
     pub program: &'a OciProgram,
 }
 
@@ -140,6 +148,14 @@ pub(crate) struct BundleNetwork {
     pub namespace: PathBuf,
     pub address: IpAddr,
     pub resolv_conf: String,
+}
+
+pub(crate) struct BundleUserNamespace {
+    pub range: IdRange,
+    /// `/sys` of the network namespace, mounted.
+    pub sys: PathBuf,
+    /// Made by the host, also where it is empty.
+    pub network_namespace: PathBuf,
 }
 
 /// Writes the specification and the files that it mounts.
@@ -160,12 +176,18 @@ pub(crate) fn write(launch: &Launch, facts: &BundleFacts<'_>) -> io::Result<()> 
         .as_ref()
         .map_or("", |network| network.resolv_conf.as_str());
     std::fs::write(paths.resolv_conf(), resolv_conf)?;
+    if let Some(user_namespace) = &facts.user_namespace {
+        let owner = Some(user_namespace.range.first());
+        for path in [paths.hosts(), paths.hostname(), paths.resolv_conf()] {
+            chown(path, owner, owner)?;
+        }
+    }
     let spec = facts.program.adapt(spec(launch, facts).map_err(io::Error::other)?)?;
     std::fs::write(paths.config(), serde_json::to_vec(&spec)?)
 }
 
 fn spec(launch: &Launch, facts: &BundleFacts<'_>) -> Result<Spec, OciSpecError> {
-    let mut mounts = system_mounts(launch.limits)?;
+    let mut mounts = system_mounts(launch.limits, facts.user_namespace.as_ref())?;
     for (source, target) in [
         (facts.paths.hosts(), "/etc/hosts"),
         (facts.paths.hostname(), "/etc/hostname"),
@@ -260,11 +282,23 @@ fn linux(launch: &Launch, facts: &BundleFacts<'_>) -> Result<Linux, OciSpecError
         .map(|kind| LinuxNamespaceBuilder::default().typ(kind).build())
         .collect::<Result<Vec<_>, _>>()?;
     let network = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Network);
-    namespaces.push(match &facts.network {
-        Some(prepared) => network.path(prepared.namespace.clone()).build()?,
-        None => network.build()?,
+    namespaces.push(match (&facts.user_namespace, &facts.network) {
+        (Some(user_namespace), _) => network.path(user_namespace.network_namespace.clone()).build()?,
+        (None, Some(prepared)) => network.path(prepared.namespace.clone()).build()?,
+        (None, None) => network.build()?,
     });
-    LinuxBuilder::default()
+    let mut linux = LinuxBuilder::default();
+    if let Some(user_namespace) = &facts.user_namespace {
+        let user = LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::User);
+        namespaces.push(user.build()?);
+        let ids = LinuxIdMappingBuilder::default()
+            .container_id(0_u32)
+            .host_id(user_namespace.range.first())
+            .size(IDS_PER_CONTAINER)
+            .build()?;
+        linux = linux.uid_mappings(vec![ids]).gid_mappings(vec![ids]);
+    }
+    linux
         .namespaces(namespaces)
         .cgroups_path(facts.cgroup)
         .resources(resources(launch.limits)?)
@@ -300,34 +334,46 @@ fn resources(limits: Limits) -> Result<LinuxResources, OciSpecError> {
     resources.build()
 }
 
-fn system_mounts(limits: Limits) -> Result<Vec<Mount>, OciSpecError> {
+fn system_mounts(limits: Limits, user_namespace: Option<&BundleUserNamespace>) -> Result<Vec<Mount>, OciSpecError> {
     // Frameworks that pass tensors between processes need much. Half of the memory, as the kernel's own default is: who
     // fills it gets "no space left", where a larger one would have the container killed for lack of memory.
     let shm_size = limits.memory_bytes.map(|bytes| format!("size={}", bytes / 2));
+    let (sys_kind, sys_source) = match user_namespace {
+        // Not to be mounted by who does not own the network namespace.
+        Some(user_namespace) => ("bind", user_namespace.sys.as_path()),
+        None => ("sysfs", Path::new("sysfs")),
+    };
+    let mut sys = vec!["nosuid", "noexec", "nodev", "ro"];
+    sys.extend(user_namespace.map(|_| "bind"));
     let mut shm = vec!["nosuid", "noexec", "nodev", "mode=1777"];
     shm.extend(shm_size.as_deref());
     [
-        ("/proc", "proc", "proc", vec!["nosuid", "noexec", "nodev"]),
+        ("/proc", "proc", Path::new("proc"), vec!["nosuid", "noexec", "nodev"]),
         (
             "/dev",
             "tmpfs",
-            "tmpfs",
+            Path::new("tmpfs"),
             vec!["nosuid", "strictatime", "mode=755", "size=65536k"],
         ),
         (
             "/dev/pts",
             "devpts",
-            "devpts",
+            Path::new("devpts"),
             vec!["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         ),
-        ("/dev/shm", "tmpfs", "shm", shm),
-        ("/dev/mqueue", "mqueue", "mqueue", vec!["nosuid", "noexec", "nodev"]),
-        ("/sys", "sysfs", "sysfs", vec!["nosuid", "noexec", "nodev", "ro"]),
+        ("/dev/shm", "tmpfs", Path::new("shm"), shm),
+        (
+            "/dev/mqueue",
+            "mqueue",
+            Path::new("mqueue"),
+            vec!["nosuid", "noexec", "nodev"],
+        ),
+        ("/sys", sys_kind, sys_source, sys),
         // Its own part only, by the cgroup namespace: libraries size their pools by the limits they read here.
         (
             "/sys/fs/cgroup",
             "cgroup",
-            "cgroup",
+            Path::new("cgroup"),
             vec!["nosuid", "noexec", "nodev", "relatime", "ro"],
         ),
     ]
@@ -365,15 +411,25 @@ mod tests {
     use crate::runtime::Rootfs;
 
     fn json(launch: &Launch, identity: &Identity) -> serde_json::Value {
+        json_with(launch, identity, false)
+    }
+
+    fn json_with(launch: &Launch, identity: &Identity, mapped: bool) -> serde_json::Value {
         let paths = BundlePaths {
             directory: PathBuf::from("/bundle"),
             specification: PathBuf::from("/memory/bundle"),
+            seen: PathBuf::from("/bundle"),
         };
         let facts = BundleFacts {
             paths: &paths,
             identity,
             cgroup: "/ionian/x/y",
             network: None,
+            user_namespace: mapped.then(|| BundleUserNamespace {
+                range: IdRange::TRIAL,
+                sys: PathBuf::from("/stage/sys"),
+                network_namespace: PathBuf::from("/proc/1/fd/9"),
+            }),
             program: &OciProgram::runc(PathBuf::from("runc")),
         };
         serde_json::to_value(spec(launch, &facts).unwrap()).unwrap()
@@ -397,6 +453,33 @@ mod tests {
             json(&launch, &Identity::ROOT)["linux"]["resources"]["cpu"]["quota"],
             MIN_CPU_QUOTA
         );
+    }
+
+    #[test]
+    fn a_user_namespace_has_ids_of_its_own_and_neither_makes_networks_nor_mounts_sys() {
+        let launch = Launch::new("c1", Rootfs::host(), vec!["true".to_owned()]);
+        let plain = json(&launch, &Identity::ROOT);
+        assert!(plain["linux"]["uidMappings"].is_null());
+        let spec = json_with(&launch, &Identity::ROOT, true);
+        for ids in ["uidMappings", "gidMappings"] {
+            let lines = spec["linux"][ids].as_array().unwrap();
+            assert_eq!(lines.len(), 1, "a second one could reach ids of the host");
+            assert_eq!(lines[0]["containerID"], 0);
+            assert_eq!(lines[0]["hostID"], IdRange::TRIAL.first());
+            assert_eq!(lines[0]["size"], 65_536);
+        }
+        let namespaces = spec["linux"]["namespaces"].as_array().unwrap();
+        assert!(namespaces.iter().any(|namespace| namespace["type"] == "user"));
+        let network = namespaces
+            .iter()
+            .find(|namespace| namespace["type"] == "network")
+            .unwrap();
+        assert_eq!(network["path"], "/proc/1/fd/9");
+        let mounts = spec["mounts"].as_array().unwrap();
+        let sys = mounts.iter().find(|mount| mount["destination"] == "/sys").unwrap();
+        assert_eq!((&sys["type"], &sys["source"]), (&"bind".into(), &"/stage/sys".into()));
+        let options = sys["options"].as_array().unwrap();
+        assert!(options.contains(&"ro".into()) && options.contains(&"bind".into()));
     }
 
     #[test]

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
+use crate::userns::UserNamespaces;
+
 /// Where one instance of the platform keeps its containers. Two instances on a host must differ in
 /// `instance_id` and `state_dir`; everything else may be the same.
 #[derive(Debug, Clone)]
@@ -17,7 +19,8 @@ pub struct ContainerConfig {
     /// overlayfs accepts as an upper layer (not itself an overlay).
     pub state_dir: PathBuf,
     /// On a file system in memory: specifications of containers and runc's own state, both of which repeat
-    /// the containers' environments, secrets included.
+    /// the containers' environments, secrets included. With user namespaces also where containers are put
+    /// together, for which other users must be able to enter the directories above it.
     pub volatile_dir: PathBuf,
     /// `None` looks for `runc` in `PATH`.
     pub runc_path: Option<PathBuf>,
@@ -31,6 +34,8 @@ pub struct ContainerConfig {
     pub warm_network_slots: usize,
     /// Name servers for containers; empty copies the host's.
     pub nameservers: Vec<IpAddr>,
+    /// For containers of runc.
+    pub user_namespaces: UserNamespaces,
 }
 
 impl ContainerConfig {
@@ -49,6 +54,7 @@ impl ContainerConfig {
             address_pool: AddressPool::default(),
             warm_network_slots: Self::DEFAULT_WARM_NETWORK_SLOTS,
             nameservers: Vec::new(),
+            user_namespaces: UserNamespaces::default(),
         }
     }
 
@@ -73,6 +79,10 @@ impl ContainerConfig {
 
     pub(crate) fn specifications_dir(&self) -> PathBuf {
         self.volatile_dir.join("bundles")
+    }
+
+    pub(crate) fn stages_dir(&self) -> PathBuf {
+        self.volatile_dir.join("stages")
     }
 }
 

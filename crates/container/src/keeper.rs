@@ -239,10 +239,15 @@ pub(crate) fn read_exit(directory: &Path) -> Option<ExitStatus> {
     Some(ExitStatus::from_raw(i32::from(code) << 8))
 }
 
-/// Before the keeper is spawned.
-pub(crate) fn create_fifos(directory: &Path) -> io::Result<()> {
+/// Before the keeper is spawned. They belong to `owner`, who may be the container's root: a program that opens
+/// `/dev/stdout` asks for them again.
+pub(crate) fn create_fifos(directory: &Path, owner: Option<u32>) -> io::Result<()> {
     for name in ["stdout", "stderr"] {
-        mkfifo(&directory.join(name), Mode::S_IRUSR | Mode::S_IWUSR)?;
+        let path = directory.join(name);
+        mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        if owner.is_some() {
+            std::os::unix::fs::chown(&path, owner, owner)?;
+        }
     }
     Ok(())
 }

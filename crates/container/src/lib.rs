@@ -13,6 +13,7 @@
 //! | [`config`] | what an instance of the platform has of its own |
 //! | `keeper` | the process that stays with a container when this one ends |
 //! | `runc`, `bundle`, `seccomp`, `passwd` | the isolated runtime and the OCI bundle it starts from |
+//! | `userns` | the ids that a container has on the host, and its files with them |
 //! | `gvisor` | the isolated runtime with a kernel of its own |
 //! | `oci` | what `runc` and `runsc` are called with, and what their ends mean |
 //! | `process` | the runtime without isolation |
@@ -39,6 +40,7 @@ mod runc;
 mod running;
 pub mod runtime;
 mod seccomp;
+mod userns;
 
 use std::sync::Arc;
 
@@ -55,6 +57,7 @@ pub use runtime::{
     Bind, Capabilities, ContainerHandle, DisposeError, Feature, Launch, Limits, NetworkMode, OpenError, OutputStream,
     ReapError, ReapReport, Rootfs, RunningContainer, Runtime, SignalError, StartError, Upper,
 };
+pub use userns::UserNamespaces;
 
 pub use nix::sys::signal::Signal;
 

@@ -21,10 +21,15 @@ pub(crate) fn read() -> io::Result<Vec<Mount>> {
 
 /// Mount points at or below `directory`, innermost first, which is the order to unmount them in.
 pub(crate) fn below(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    below_any(&[directory])
+}
+
+/// The same for several directories.
+pub(crate) fn below_any(directories: &[&Path]) -> io::Result<Vec<PathBuf>> {
     let mut found: Vec<_> = read()?
         .into_iter()
         .map(|mount| mount.target)
-        .filter(|target| target.starts_with(directory))
+        .filter(|target| directories.iter().any(|directory| target.starts_with(directory)))
         .collect();
     found.reverse();
     Ok(found)

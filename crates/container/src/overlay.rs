@@ -16,6 +16,8 @@ use rustix::mount::{
     fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, mount_bind, mount_remount, move_mount, unmount,
 };
 
+pub use crate::userns::idmap::MapError;
+
 /// The kernel's own limit on the layers of one overlay.
 pub const MAX_LAYERS: usize = 500;
 
@@ -65,6 +67,10 @@ pub enum OverlayError {
         kernel_says: String,
         source: io::Error,
     },
+    #[error(
+        "the layers of an overlay at {target} cannot be given to a user namespace; keep images and data on ext4, xfs or btrfs, or set runtime.user_namespaces to \"off\""
+    )]
+    Map { target: PathBuf, source: MapError },
     #[error("failed to unmount {target}")]
     Unmount { target: PathBuf, source: io::Error },
 }
@@ -82,7 +88,7 @@ impl MountGuard {
         &self.target
     }
 
-    /// What an earlier process mounted, or what is left of it.
+    /// What is mounted already: by an earlier process, or what is left of it.
     pub(crate) fn taken_over(target: PathBuf) -> Self {
         Self { target, mounted: true }
     }

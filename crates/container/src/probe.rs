@@ -8,6 +8,7 @@ use crate::command::{self, Input};
 use crate::network::resolver;
 use crate::overlay::{WritableLayer, mount_overlay};
 use crate::runc::find_program;
+use crate::userns;
 
 /// One fact about the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,6 +76,11 @@ pub async fn probe(state_dir: &Path) -> Vec<Probe> {
             "use Linux 5.11 or newer, and a data directory on ext4, xfs or btrfs that is not itself an overlay",
         ),
         Probe::new(
+            "user namespaces",
+            user_namespaces(state_dir),
+            "containers of runc run without (root in one is root's id on this host); for them use Linux 6.3 or newer with user.max_user_namespaces above 0, data on ext4, xfs or btrfs, and /dev/shm that all users may enter",
+        ),
+        Probe::new(
             "nftables",
             nftables().await,
             "install nftables (Debian: apt-get install nftables)",
@@ -140,10 +146,7 @@ fn overlayfs(state_dir: &Path) -> Result<String, String> {
             Err("not in /proc/filesystems".to_owned())
         };
     }
-    let existing = state_dir
-        .ancestors()
-        .find(|path| path.is_dir())
-        .unwrap_or(Path::new("/"));
+    let existing = existing(state_dir);
     let trial = || -> Result<(), Box<dyn std::error::Error>> {
         let directory = tempfile::Builder::new().prefix(".ionian-probe").tempdir_in(existing)?;
         let part = |name: &str| {
@@ -162,6 +165,23 @@ fn overlayfs(state_dir: &Path) -> Result<String, String> {
     trial()
         .map(|()| format!("mounted one in {}", existing.display()))
         .map_err(|error| crate::chain(error.as_ref()))
+}
+
+fn existing(path: &Path) -> &Path {
+    path.ancestors().find(|path| path.is_dir()).unwrap_or(Path::new("/"))
+}
+
+/// Tried as the platform does when it starts.
+fn user_namespaces(state_dir: &Path) -> Result<String, String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Ok("not tried, since that needs root".to_owned());
+    }
+    userns::trial(existing(state_dir), Path::new("/dev/shm")).map(|_| {
+        format!(
+            "root in a container is an id of its own, tried in {}",
+            existing(state_dir).display()
+        )
+    })
 }
 
 async fn nftables() -> Result<String, String> {
@@ -228,6 +248,7 @@ mod tests {
             "runc",
             "runsc",
             "overlayfs",
+            "user namespaces",
             "nftables",
             "ip_forward",
         ] {

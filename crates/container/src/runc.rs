@@ -5,8 +5,8 @@
 //! this process does not. `runc create` followed by `runc start` took 25 to 30 ms where `runc run` took 20,
 //! and then nobody would learn the exit status.
 //!
-//! The steps of a start: the root is mounted, a network namespace is taken from the pool, the bundle is
-//! written, runc runs until it has written the first process's number. Whatever fails, `Leftovers` removes
+//! The steps of a start: a network namespace is taken from the pool, the root is mounted (with user namespaces, on
+//! a [`stage`](crate::userns::stage)), the bundle is written, runc runs until it has written the first process's number. Whatever fails, `Leftovers` removes
 //! what there is by then.
 
 mod adoption;
@@ -16,7 +16,7 @@ mod start;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::fd::RawFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -25,7 +25,7 @@ use ionian_domain::container::RuntimeKind;
 use nix::fcntl::{Flock, FlockArg};
 
 use self::adoption::Adoptable;
-use self::leftovers::{Keep, Leftovers, reap};
+use self::leftovers::{Keep, Leftovers, reap, remove_stage};
 use self::start::start;
 use crate::cgroup::Hierarchies;
 use crate::config::ContainerConfig;
@@ -37,6 +37,7 @@ use crate::runtime::{
     Capabilities, DisposeError, Launch, NetworkMode, OpenError, ReapError, ReapReport, RunningContainer, Runtime,
     StartError,
 };
+use crate::userns::{Mapping, UserNamespaces, ranges};
 
 pub struct RuncRuntime {
     inner: Arc<Inner>,
@@ -52,6 +53,8 @@ struct Inner {
     /// Descriptors that keepers must not have.
     inherited: Vec<RawFd>,
     live: Mutex<Live>,
+    /// `None` where containers of runc have the host's ids.
+    mapping: Option<Mapping>,
     /// Keeps other processes from using the same directory.
     _lock: Flock<File>,
 }
@@ -97,6 +100,12 @@ impl RuncRuntime {
             let path = PathBuf::from(path);
             move |source| OpenError::StateDir { path, source }
         };
+        let mapping = if program.sandboxing.is_none() {
+            let config = config.clone();
+            run_blocking(move || open_mapping(&config)).await?
+        } else {
+            None
+        };
         let boot_id = record::boot_id().map_err(failed("/proc/sys/kernel/random/boot_id"))?;
         let inherited = keeper::inherited_descriptors().map_err(failed("/proc/self/fd"))?;
 
@@ -124,7 +133,7 @@ impl RuncRuntime {
             .map_err(OpenError::Network)?;
         let adoptable = adoption::take_over(found, &network);
         network.fill_pool();
-        tracing::info!(program = %program.path.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), "the {runtime} runtime is ready");
+        tracing::info!(program = %program.path.display(), cgroups = if cgroups.is_v2() { 2 } else { 1 }, adoptable = adoptable.len(), user_namespaces = mapping.is_some(), "the {runtime} runtime is ready");
         let live = Mutex::new(Live {
             adoptable,
             ..Live::default()
@@ -137,6 +146,7 @@ impl RuncRuntime {
                 boot_id,
                 inherited,
                 live,
+                mapping,
                 _lock: lock,
             }),
             program: Arc::new(program),
@@ -237,6 +247,10 @@ impl Runtime for RuncRuntime {
                 .cgroups
                 .remove(&inner.config.cgroup_path())
                 .map_err(ReapError::from)?;
+            ranges::remove_directory_if_empty();
+            let stages = inner.config.stages_dir();
+            // Not with what is in them: they are empty, or users' directories are still mounted there.
+            remove_stage(&stages).map_err(|source| ReapError::Remove { path: stages, source })?;
             let volatile = &inner.config.volatile_dir;
             match std::fs::remove_dir_all(volatile) {
                 Err(source) if source.kind() != std::io::ErrorKind::NotFound => Err(ReapError::Remove {
@@ -306,6 +320,40 @@ impl Inner {
     fn cgroup_of(&self, name: &str) -> String {
         cgroup_of(&self.config, name)
     }
+}
+
+/// Also opens the directory where containers are put together to their users.
+fn open_mapping(config: &ContainerConfig) -> Result<Option<Mapping>, OpenError> {
+    let mode = config.user_namespaces;
+    if mode == UserNamespaces::Off {
+        tracing::warn!(
+            "user namespaces are off: root in a container is root's id on this host, kept in by everything else"
+        );
+        return Ok(None);
+    }
+    let mapping = match Mapping::open(config) {
+        Ok(mapping) => mapping,
+        Err(reason) if mode == UserNamespaces::Require => return Err(OpenError::UserNamespaces { reason }),
+        Err(reason) => {
+            tracing::warn!(
+                reason,
+                "containers have no user namespaces: root in one is root's id on this host, kept in by everything else"
+            );
+            return Ok(None);
+        }
+    };
+    let stages = config.stages_dir();
+    for directory in [&config.volatile_dir, &stages] {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .create(directory)
+            .and_then(|()| fs::set_permissions(directory, fs::Permissions::from_mode(0o711)))
+            .map_err(|source| OpenError::StateDir {
+                path: directory.clone(),
+                source,
+            })?;
+    }
+    Ok(Some(mapping))
 }
 
 fn cgroup_of(config: &ContainerConfig, name: &str) -> String {

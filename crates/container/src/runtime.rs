@@ -370,6 +370,10 @@ pub enum OpenError {
     Reap(#[source] ReapError),
     #[error("failed to set up the containers' network")]
     Network(#[source] NetworkError),
+    #[error(
+        "user namespaces are required and cannot be had: {reason}. Mend that, or set runtime.user_namespaces to \"auto\""
+    )]
+    UserNamespaces { reason: String },
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use ionian_container::UserNamespaces;
 use ionian_container::config::AddressPool;
 use ionian_domain::container::RuntimeKind;
 use ionian_image::base::BaseSource;
@@ -35,6 +36,7 @@ pub(crate) struct Config {
     pub build_runtime: Option<RuntimeKind>,
     pub runsc: Option<PathBuf>,
     pub address_pool: AddressPool,
+    pub user_namespaces: UserNamespaces,
     pub process_python: Option<PathBuf>,
     pub cpu_millis: u32,
     pub memory_mib: u32,
@@ -67,6 +69,7 @@ impl Default for Config {
             build_runtime: None,
             runsc: None,
             address_pool: AddressPool::default(),
+            user_namespaces: UserNamespaces::default(),
             process_python: None,
             cpu_millis: 0,
             memory_mib: 0,

@@ -44,6 +44,7 @@ pub(crate) fn container_config(config: &Config) -> ContainerConfig {
     let mut container = ContainerConfig::new(config.instance_id(), config.data_dir.join("containers"));
     container.address_pool = config.address_pool;
     container.runsc_path.clone_from(&config.runsc);
+    container.user_namespaces = config.user_namespaces;
     container
 }
 

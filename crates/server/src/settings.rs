@@ -258,6 +258,16 @@ pub(crate) const SETTINGS: &[Setting] = &[
     ),
     setting(
         "runtime",
+        "user_namespaces",
+        "\"auto\"",
+        "Whether root in a container of runc is an id of its own on the host: auto (where the kernel can), require, or off.",
+        |config, text| {
+            config.user_namespaces = text.parse()?;
+            Ok(())
+        },
+    ),
+    setting(
+        "runtime",
         "process_python",
         "\"\"",
         "For the process runtime: the interpreter that has the client and the apps' packages.",

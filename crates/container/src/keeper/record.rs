@@ -88,6 +88,9 @@ pub(crate) struct StartedRecord {
     pub runtime: RuntimeKind,
     pub first_process: ProcessIdentity,
     pub network: Option<NetworkRecord>,
+    /// The number of its range of ids, with a user namespace.
+    #[serde(default)]
+    pub id_range: Option<u32>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

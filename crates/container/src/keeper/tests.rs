@@ -10,7 +10,7 @@ struct Subject {
 impl Subject {
     fn spawn(script: &str, inherited: &[RawFd]) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        create_fifos(directory.path()).unwrap();
+        create_fifos(directory.path(), None).unwrap();
         let command = ["/bin/sh", "-c", script].map(OsString::from);
         let keeper = Keeper::spawn(&command, directory.path(), inherited).unwrap();
         Self { directory, keeper }

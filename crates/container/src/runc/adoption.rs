@@ -153,9 +153,13 @@ fn adopt_all_of(
     adoptable: Adoptable,
 ) -> io::Result<RunningContainer> {
     let Adoptable { found, slot } = adoptable;
-    let StartedRecord { first_process, .. } = found.started;
+    let StartedRecord {
+        first_process,
+        id_range,
+        ..
+    } = found.started;
     let address = slot.as_ref().map(Slot::address);
-    let mut leftovers = Leftovers::taken_over(inner, program, name, slot);
+    let mut leftovers = Leftovers::taken_over(inner, program, name, slot, id_range);
     let directory = leftovers.paths.specification.clone();
     let keeper = Arc::new(Keeper::adopt(&found.record.keeper, &directory)?);
     leftovers.keeper = Some(Arc::clone(&keeper));
@@ -189,7 +193,8 @@ pub(super) fn discard(inner: &Arc<Inner>, program: &Arc<OciProgram>) -> Result<(
     };
     let mut results = Vec::new();
     for (name, Adoptable { found, slot }) in adoptable {
-        let mut leftovers = Box::new(Leftovers::taken_over(inner, program, &name, slot));
+        let id_range = found.started.id_range;
+        let mut leftovers = Box::new(Leftovers::taken_over(inner, program, &name, slot, id_range));
         match Keeper::adopt(&found.record.keeper, &paths_of(&inner.config, &name).specification) {
             Ok(keeper) => leftovers.keeper = Some(Arc::new(keeper)),
             Err(error) => tracing::error!(container = name, %error, "failed to look for a container's keeper"),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -23,6 +23,7 @@ use crate::oci::OciProgram;
 use crate::overlay::{MountGuard, unmount_or_detach};
 use crate::running::{KILL_TIMEOUT, Remains};
 use crate::runtime::{DisposeError, ReapError, ReapReport, StartError};
+use crate::userns::ranges::{self, Claim};
 
 /// Everything that a container has on the host, from the moment its name is taken. Dropped without
 /// [`Remains::remove`], it is removed by a thread in the background.
@@ -31,8 +32,10 @@ pub(super) struct Leftovers {
     pub(super) program: Arc<OciProgram>,
     pub(super) name: String,
     pub(super) paths: BundlePaths,
-    /// The root. Its sender goes when nothing more is made for the container.
-    mount: Option<Receiver<MountGuard>>,
+    /// The stage, if there is one, and the root. Their sender goes when nothing more is made for the container.
+    mounts: Option<Receiver<MountGuard>>,
+    /// Its range of ids, with a user namespace.
+    pub(super) ids: Option<Claim>,
     pub(super) slot: Option<Slot>,
     pub(super) keeper: Option<Arc<Keeper>>,
     pub(super) may_be_adopted: bool,
@@ -50,42 +53,68 @@ impl Leftovers {
                 return Err(StartError::NameTaken { name: name.to_owned() });
             }
         }
-        let paths = paths_of(&inner.config, name);
-        let leftovers = Self {
+        let mut paths = paths_of(&inner.config, name);
+        // A sandbox has a user namespace of its own making.
+        let mapping = inner.mapping.as_ref().filter(|_| program.sandboxing.is_none());
+        if mapping.is_some() {
+            paths.seen = stage_of(&inner.config, name);
+        }
+        let mut leftovers = Self {
             inner: Arc::clone(inner),
             program: Arc::clone(program),
             name: name.to_owned(),
             paths: paths.clone(),
-            mount: None,
+            mounts: None,
+            ids: None,
             slot: None,
             keeper: None,
             may_be_adopted: false,
             removed: false,
         };
+        let failed = |path: PathBuf| {
+            let name = name.to_owned();
+            move |source| StartError::Prepare { name, path, source }
+        };
         for directory in [paths.directory, paths.specification] {
             fs::DirBuilder::new()
                 .mode(0o700)
                 .create(&directory)
-                .map_err(|source| StartError::Prepare {
-                    name: name.to_owned(),
-                    path: directory,
-                    source,
-                })?;
+                .map_err(failed(directory))?;
+        }
+        if let Some(mapping) = mapping {
+            let claim = mapping.claim(name).map_err(failed(paths.seen.clone()))?;
+            leftovers.ids = Some(claim);
+            // What is mounted there says who may enter.
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&paths.seen)
+                .map_err(failed(paths.seen))?;
         }
         Ok(leftovers)
     }
 
     /// Of a container of an earlier process, whose name has been moved to the live ones.
-    pub(super) fn taken_over(inner: &Arc<Inner>, program: &Arc<OciProgram>, name: &str, slot: Option<Slot>) -> Self {
-        let paths = paths_of(&inner.config, name);
-        let (sender, mount) = channel();
-        // The receiver is here; and the sender goes at the end of this.
+    pub(super) fn taken_over(
+        inner: &Arc<Inner>,
+        program: &Arc<OciProgram>,
+        name: &str,
+        slot: Option<Slot>,
+        id_range: Option<u32>,
+    ) -> Self {
+        let mut paths = paths_of(&inner.config, name);
+        let (sender, mounts) = channel();
+        if id_range.is_some() {
+            paths.seen = stage_of(&inner.config, name);
+            // The receiver is here; and the sender goes at the end of this.
+            let _ = sender.send(MountGuard::taken_over(paths.seen.clone()));
+        }
         let _ = sender.send(MountGuard::taken_over(paths.root()));
         Self {
             inner: Arc::clone(inner),
             program: Arc::clone(program),
             name: name.to_owned(),
-            mount: Some(mount),
+            mounts: Some(mounts),
+            ids: id_range.map(Claim::taken_over),
             paths,
             slot,
             keeper: None,
@@ -94,11 +123,11 @@ impl Leftovers {
         }
     }
 
-    /// Where the job that prepares the container puts its root. A start can be abandoned while that job runs, and
+    /// Where the job that prepares the container puts what it has mounted, each after what it is mounted on. A start can be abandoned while that job runs, and
     /// nothing is removed before it has ended.
-    pub(super) fn expect_mount(&mut self) -> Sender<MountGuard> {
+    pub(super) fn expect_mounts(&mut self) -> Sender<MountGuard> {
         let (sender, receiver) = channel();
-        self.mount = Some(receiver);
+        self.mounts = Some(receiver);
         sender
     }
 
@@ -106,7 +135,7 @@ impl Leftovers {
     fn remove_everything(&mut self) -> Result<(), DisposeError> {
         self.removed = true;
         // All that the job sent, once it has ended.
-        let mounts: Vec<_> = self.mount.take().into_iter().flatten().collect();
+        let mounts: Vec<_> = self.mounts.take().into_iter().flatten().collect();
         let name = self.name.clone();
         let cgroup = self.inner.cgroup_of(&name);
         let failed = |error| cgroup_failure(&name, error);
@@ -124,7 +153,7 @@ impl Leftovers {
             self.inner.cgroups.kill_all(&cgroup).map(|_| ()).map_err(failed),
             self.inner.cgroups.remove(&cgroup).map(|_| ()).map_err(failed),
         ]);
-        for mount in mounts {
+        for mount in mounts.into_iter().rev() {
             let path = mount.path().to_owned();
             results.push(mount.unmount().map_err(|error| DisposeError::Unmount {
                 name: name.clone(),
@@ -155,6 +184,21 @@ impl Leftovers {
                     }),
             );
         }
+        let stage = stage_of(&self.inner.config, &name);
+        results.push(remove_stage(&stage).map(|_| ()).map_err(|source| DisposeError::Remove {
+            name: name.clone(),
+            path: stage,
+            source,
+        }));
+        // Last: nothing with these ids is left.
+        if let Some(claim) = self.ids.take() {
+            let path = PathBuf::from(format!("the claim of ids {}", claim.number()));
+            results.push(claim.release().map_err(|source| DisposeError::Remove {
+                name: name.clone(),
+                path,
+                source,
+            }));
+        }
         self.inner.live().names.remove(&name);
         results.into_iter().collect()
     }
@@ -176,7 +220,7 @@ impl Remains for Leftovers {
 
     fn leave(mut self: Box<Self>) {
         self.removed = true;
-        for mount in self.mount.take().into_iter().flatten() {
+        for mount in self.mounts.take().into_iter().flatten() {
             mount.leave();
         }
         // The name and the address stay taken.
@@ -201,7 +245,8 @@ impl Drop for Leftovers {
             program: Arc::clone(&self.program),
             name: self.name.clone(),
             paths: self.paths.clone(),
-            mount: self.mount.take(),
+            mounts: self.mounts.take(),
+            ids: self.ids.take(),
             slot: self.slot.take(),
             keeper: self.keeper.take(),
             may_be_adopted: false,
@@ -223,7 +268,12 @@ pub(super) fn paths_of(config: &ContainerConfig, name: &str) -> BundlePaths {
     BundlePaths {
         directory: config.containers_dir().join(name),
         specification: config.specifications_dir().join(name),
+        seen: config.containers_dir().join(name),
     }
+}
+
+fn stage_of(config: &ContainerConfig, name: &str) -> PathBuf {
+    config.stages_dir().join(name)
 }
 
 fn cgroup_failure(name: &str, error: CgroupError) -> DisposeError {
@@ -290,19 +340,29 @@ pub(super) fn reap(
         report.killed_processes += cgroups.kill_all(&cgroup)?;
         report.cgroups += cgroups.remove(&cgroup)?;
     }
+    let stages = config.stages_dir();
     let is_live = |path: &Path| {
         path.strip_prefix(&containers)
+            .or_else(|_| path.strip_prefix(&stages))
             .ok()
             .and_then(|path| path.iter().next())
             .is_some_and(|name| (keep.container)(name.to_string_lossy().as_ref()))
     };
-    for target in mounts::below(&containers).map_err(read(Path::new("/proc/self/mountinfo")))? {
+    let mounted = mounts::below_any(&[&containers, &stages]).map_err(read(Path::new("/proc/self/mountinfo")))?;
+    for target in mounted {
         if !is_live(&target) {
             unmount_or_detach(&target).map_err(|source| ReapError::Unmount { path: target, source })?;
             report.mounts += 1;
         }
     }
     report.interfaces = network::reap_links(&Names::of(config), keep.links).map_err(ReapError::Network)?;
+    for name in stages_in(&stages).map_err(read(&stages))? {
+        if (keep.container)(&name) {
+            continue;
+        }
+        let path = stages.join(&name);
+        report.directories += usize::from(remove_stage(&path).map_err(|source| ReapError::Remove { path, source })?);
+    }
     for parent in [containers.clone(), specifications, config.runc_root()] {
         for name in names_in(&parent).map_err(read(&parent))? {
             if (keep.container)(&name) {
@@ -316,7 +376,19 @@ pub(super) fn reap(
             })?);
         }
     }
+    ranges::reap(&config.short_id(), keep.container).map_err(|source| ReapError::Remove {
+        path: PathBuf::from("the claims of ids"),
+        source,
+    })?;
     Ok(report)
+}
+
+/// None where there never were user namespaces.
+fn stages_in(directory: &Path) -> io::Result<Vec<String>> {
+    match names_in(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        result => result,
+    }
 }
 
 fn names_in(directory: &Path) -> io::Result<Vec<String>> {
@@ -335,6 +407,16 @@ fn kill_keeper(name: &str, record: &Record) -> Result<(), ReapError> {
         Ok(true) => Ok(()),
         Ok(false) => Err(failed(io::Error::from(io::ErrorKind::TimedOut))),
         Err(error) => Err(failed(error)),
+    }
+}
+
+/// Whether there was one. It is empty once its mount is gone, and holds users' directories while it is not: so
+/// nothing is removed in it.
+pub(super) fn remove_stage(path: &Path) -> io::Result<bool> {
+    match fs::remove_dir(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

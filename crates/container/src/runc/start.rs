@@ -4,10 +4,11 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use ionian_domain::container::StartTimings;
@@ -16,7 +17,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::leftovers::Leftovers;
 use super::{Inner, run_blocking};
-use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths};
+use crate::bundle::{self, BundleFacts, BundleNetwork, BundlePaths, BundleUserNamespace};
 use crate::descriptor;
 use crate::gvisor::{SignalRelay, StateFile};
 use crate::keeper::record::{ProcessIdentity, Record, StartedRecord};
@@ -27,6 +28,9 @@ use crate::overlay::{MountGuard, WritableLayer, mount_overlay};
 use crate::passwd::{self, Identity};
 use crate::running::{ContainerHandle, MainProcess, OutputStream, Remains, Started};
 use crate::runtime::{Launch, NetworkMode, StartError, Upper};
+use crate::userns::Mapping;
+use crate::userns::ranges::{Claim, IDS_PER_CONTAINER, IdRange};
+use crate::userns::stage::Stage;
 
 /// runc takes tens of milliseconds; minutes of swapping or a throttled CPU are not worth waiting for.
 const START_TIMEOUT: Duration = Duration::from_secs(30);
@@ -133,18 +137,29 @@ pub(super) async fn start(
     let cgroup = inner.cgroup_of(&name);
     let outlives_us = launch.outlives_us;
     let network_mode = launch.network;
+    let range = leftovers.ids.as_ref().map(|claim| claim.range);
     let prepared = {
-        let paths = paths.clone();
-        let (cgroups, program) = (inner.cgroups.clone(), Arc::clone(&leftovers.program));
-        let mount = leftovers.expect_mount();
+        let (paths, inner) = (paths.clone(), Arc::clone(inner));
+        let program = Arc::clone(&leftovers.program);
+        let mounts = leftovers.expect_mounts();
+        let mut launch = launch;
         run_blocking(move || {
-            let mounted = mount_root(&launch, &paths)?;
-            // Not returned: whoever waits for the return may have stopped waiting.
-            let _ = mount.send(mounted);
+            let mounted = match (&inner.mapping, range) {
+                (Some(mapping), Some(range)) => {
+                    let namespace = network.as_ref().map(|network| network.namespace.as_path());
+                    Some(mount_stage(mapping, range, &mut launch, &paths, namespace, &mounts)?)
+                }
+                _ => {
+                    // Not returned: whoever waits for the return may have stopped waiting.
+                    let _ = mounts.send(mount_root(&launch, &paths)?);
+                    None
+                }
+            };
             stopwatch.step("mount");
-            let result = write_bundle(&launch, &paths, &program, &cgroup, network).and_then(|()| {
+            let (user_namespace, held) = mounted.unzip();
+            let result = write_bundle(&launch, &paths, &program, &cgroup, network, user_namespace).and_then(|()| {
                 program
-                    .create_cgroup(&cgroups, &cgroup, launch.limits)
+                    .create_cgroup(&inner.cgroups, &cgroup, launch.limits)
                     .map_err(|source| StartError::Prepare {
                         name: launch.name.clone(),
                         path: PathBuf::from(&cgroup),
@@ -152,11 +167,12 @@ pub(super) async fn start(
                     })
             });
             stopwatch.step("bundle");
-            Ok((result, stopwatch))
+            Ok((result, held, stopwatch))
         })
         .await
     };
-    let (written, mut stopwatch) = prepared?;
+    // Until the first process is in it.
+    let (written, _network_namespace, mut stopwatch) = prepared?;
     let join = written?;
 
     let prepare = |source| StartError::Prepare {
@@ -168,7 +184,7 @@ pub(super) async fn start(
     let state_root = inner.config.runc_root();
     let instance = inner.config.short_id();
     let start_file = StartFile::watch(&program, &state_root, &paths, &name).map_err(prepare)?;
-    keeper::create_fifos(&paths.specification).map_err(prepare)?;
+    keeper::create_fifos(&paths.specification, range.map(IdRange::first)).map_err(prepare)?;
     // Open before the keeper looks for a reader, and for as long as the container is ours.
     let (stdout, stderr, readers) = Readers::open(&paths.specification).map_err(prepare)?;
     let (command, arguments) = program.run_command(&RunPlan {
@@ -235,6 +251,7 @@ pub(super) async fn start(
             runtime: program.kind(),
             first_process,
             network: network_record,
+            id_range: leftovers.ids.as_ref().map(Claim::number),
         });
         record.write(&paths.specification).map_err(prepare)?;
     }
@@ -251,24 +268,77 @@ pub(super) async fn start(
     })
 }
 
+/// Puts the container together where its own root can reach it: its root, `/sys` and the sources of its binds, to
+/// which the launch is changed. Returns what the bundle needs of it, and what holds the network namespace.
+fn mount_stage(
+    mapping: &Mapping,
+    range: IdRange,
+    launch: &mut Launch,
+    paths: &BundlePaths,
+    network_namespace: Option<&Path>,
+    mounts: &Sender<MountGuard>,
+) -> Result<(BundleUserNamespace, OwnedFd), StartError> {
+    let name = launch.name.clone();
+    let failed = |path: &Path| {
+        let (name, path) = (name.clone(), path.to_owned());
+        move |source| StartError::Prepare { name, path, source }
+    };
+    let map = mapping.map(range).map_err(failed(&paths.seen))?;
+    let (stage, guard) = Stage::mount(&paths.seen, &map).map_err(failed(&paths.seen))?;
+    let _ = mounts.send(guard);
+    let (upper_dir, work_dir, volatile) = upper(launch, paths)?;
+    let writable = WritableLayer {
+        upper_dir: &upper_dir,
+        work_dir: &work_dir,
+        volatile,
+    };
+    let root = stage
+        .mount_root(&launch.rootfs.lower_dirs, writable, mapping.layers())
+        .map_err(|source| StartError::Mount {
+            name: name.clone(),
+            source,
+        })?;
+    let _ = mounts.send(root);
+    let held = stage.mount_sys(network_namespace).map_err(failed(&stage.sys()))?;
+    for (number, wanted) in launch.binds.iter_mut().enumerate() {
+        let source = stage.mount_bind(number, wanted).map_err(failed(&wanted.source))?;
+        wanted.source = source;
+    }
+    let user_namespace = BundleUserNamespace {
+        range,
+        sys: stage.sys(),
+        network_namespace: PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), held.as_raw_fd())),
+    };
+    Ok((user_namespace, held))
+}
+
+fn create_directory(name: &str, path: PathBuf) -> Result<PathBuf, StartError> {
+    match fs::DirBuilder::new().mode(0o755).create(&path) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(StartError::Prepare {
+            name: name.to_owned(),
+            path,
+            source,
+        }),
+    }
+}
+
+/// Upper and work directory, and whether what is written goes away with the container.
+fn upper(launch: &Launch, paths: &BundlePaths) -> Result<(PathBuf, PathBuf, bool), StartError> {
+    Ok(match &launch.rootfs.upper {
+        Upper::Scratch => (
+            create_directory(&launch.name, paths.upper())?,
+            create_directory(&launch.name, paths.work())?,
+            true,
+        ),
+        Upper::Keep { upper_dir, work_dir } => (upper_dir.clone(), work_dir.clone(), false),
+    })
+}
+
 fn mount_root(launch: &Launch, paths: &BundlePaths) -> Result<MountGuard, StartError> {
     let name = &launch.name;
-    let directory = |path: PathBuf| {
-        fs::DirBuilder::new()
-            .mode(0o755)
-            .create(&path)
-            .map(|()| path.clone())
-            .map_err(|source| StartError::Prepare {
-                name: name.clone(),
-                path,
-                source,
-            })
-    };
-    let root = directory(paths.root())?;
-    let (upper_dir, work_dir, volatile) = match &launch.rootfs.upper {
-        Upper::Scratch => (directory(paths.upper())?, directory(paths.work())?, true),
-        Upper::Keep { upper_dir, work_dir } => (upper_dir.clone(), work_dir.clone(), false),
-    };
+    let root = create_directory(name, paths.root())?;
+    let (upper_dir, work_dir, volatile) = upper(launch, paths)?;
     let writable = WritableLayer {
         upper_dir: &upper_dir,
         work_dir: &work_dir,
@@ -286,6 +356,7 @@ fn write_bundle(
     program: &OciProgram,
     cgroup: &str,
     network: Option<BundleNetwork>,
+    user_namespace: Option<BundleUserNamespace>,
 ) -> Result<(), StartError> {
     let name = &launch.name;
     let identity = match &launch.user {
@@ -296,6 +367,21 @@ fn write_bundle(
             reason,
         })?,
     };
+    if user_namespace.is_some() {
+        let ids = [identity.uid, identity.gid]
+            .into_iter()
+            .chain(identity.additional_gids.iter().copied());
+        if let Some(id) = ids.into_iter().find(|id| !IdRange::has(*id)) {
+            return Err(StartError::User {
+                name: name.clone(),
+                user: launch.user.clone().unwrap_or_default(),
+                reason: format!(
+                    "the id {id} is above {}, the last that a user namespace has here; use a lower one in the image, or set runtime.user_namespaces to \"off\"",
+                    IDS_PER_CONTAINER - 1
+                ),
+            });
+        }
+    }
     for wanted in &launch.binds {
         // runc's own message names neither the container nor the bind.
         fs::metadata(&wanted.source).map_err(|source| StartError::Prepare {
@@ -311,6 +397,7 @@ fn write_bundle(
             identity: &identity,
             cgroup,
             network,
+            user_namespace,
             program,
         },
     )
@@ -437,6 +524,7 @@ mod tests {
         let paths = BundlePaths {
             directory: directory.path().to_owned(),
             specification: directory.path().join("spec"),
+            seen: directory.path().to_owned(),
         };
         assert_eq!(refusal(&paths), "runc failed without saying why");
         let log = concat!(

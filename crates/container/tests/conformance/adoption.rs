@@ -359,7 +359,8 @@ async fn what_is_not_adopted_is_reaped() {
     let platform = owner.successor().await;
     assert_eq!(platform.runtime.adoptable().len(), 2);
     let report = platform.runtime.reap().await.unwrap();
-    assert!(report.mounts == 2 && report.killed_processes >= 1, "{report:?}");
+    // With user namespaces a container has several.
+    assert!(report.mounts >= 2 && report.killed_processes >= 1, "{report:?}");
     assert_eq!(platform.runtime.adoptable(), Vec::<String>::new());
     assert_eq!(platform.container_traces(), Vec::<String>::new());
     assert!(!pids.values().any(|pid| runs(*pid)));

@@ -15,3 +15,4 @@ mod packages;
 mod probe;
 mod support;
 mod table;
+mod userns;

@@ -180,7 +180,7 @@ pub(crate) struct Platform {
     pub(crate) runtime: Isolated,
     pub(crate) config: ContainerConfig,
     closed: bool,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl Platform {
@@ -215,7 +215,7 @@ impl Platform {
             runtime: Isolated(runtime),
             config,
             closed: false,
-            _directory: directory,
+            directory,
         }
     }
 
@@ -238,6 +238,14 @@ impl Platform {
 
     pub(crate) async fn run(&self, launch: Launch) -> Finished {
         run(&*self.runtime, launch).await
+    }
+
+    /// Shuts down so that another one can go on. Returns the directory.
+    pub(crate) async fn detach(mut self) -> tempfile::TempDir {
+        self.closed = true;
+        self.runtime.detach().await.unwrap();
+        // Kept for the next one, and so is what is in it.
+        std::mem::replace(&mut self.directory, tempfile::tempdir().unwrap())
     }
 
     /// Shuts down and looks for what should be gone.
@@ -272,10 +280,11 @@ impl Platform {
     pub(crate) fn container_traces(&self) -> Vec<String> {
         let id = self.config.short_id();
         let state = self.config.state_dir.display().to_string();
+        let volatile = self.config.volatile_dir.to_str().unwrap();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let mut found: Vec<_> = mounts
             .lines()
-            .filter(|line| line.contains(&state))
+            .filter(|line| line.contains(&state) || line.contains(volatile))
             .map(str::to_owned)
             .collect();
         let hierarchies = fs::read_dir("/sys/fs/cgroup")
@@ -295,6 +304,7 @@ impl Platform {
         let volatile = &self.config.volatile_dir;
         let directories = [
             self.config.state_dir.join("containers"),
+            volatile.join("stages"),
             volatile.join("bundles"),
             volatile.join("runc"),
         ];
@@ -305,6 +315,13 @@ impl Platform {
             };
             found.extend(entries.flatten().map(|entry| entry.path().display().to_string()));
         }
+        // Claims of ids name who made them.
+        let claims = fs::read_dir("/run/ionian-ids").into_iter().flatten().flatten();
+        found.extend(
+            claims
+                .filter(|claim| fs::read_link(claim.path()).is_ok_and(|owner| owner.starts_with(&id)))
+                .map(|claim| claim.path().display().to_string()),
+        );
         found
     }
 

@@ -53,6 +53,7 @@ const CASES: &[Case] = cases! {
     "found and removed after a crash of the platform", [Feature::Layers], after_a_crash;
     "layers below stay as they are, writes are kept", [Feature::Layers], layers;
     "users, and the owners of what they write", [Feature::Users, Feature::Binds], users;
+    "root becomes another user and gives files away", [Feature::Users, Feature::Binds], other_users;
     "binds, read-only and writable", [Feature::Binds], binds;
     "memory limit, seen as out of memory", [Feature::Limits], memory_limit;
     "process limit", [Feature::Limits], process_limit;
@@ -469,6 +470,16 @@ async fn users(subject: Arc<Subject>) {
         let written = std::fs::metadata(shared.path().join("file")).unwrap();
         assert_eq!((written.uid(), written.gid()), expected, "on the host");
         std::fs::remove_file(shared.path().join("file")).unwrap();
+    }
+}
+
+async fn other_users(subject: Arc<Subject>) {
+    for id in [1000, 65_534] {
+        for what in [format!("become {id}"), format!("chown /tmp {id}")] {
+            let finished = run(subject.runtime(), probing(subject.launch("other", &[]), &what)).await;
+            let found = answer(&finished.stdout);
+            assert!(matches!(found, Some(Answer::Worked(_))), "{what}: {found:?}");
+        }
     }
 }
 

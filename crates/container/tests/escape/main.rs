@@ -64,6 +64,9 @@ fn attempts(secret: &Path, abstract_name: &str) -> Vec<Attempt> {
         within("ptrace another process", "ptrace"),
         attempt("enter the namespaces of process 1", "setns"),
         within("make a user namespace", "unshare_user"),
+        within("become a user beyond the container's ids", "become 65536"),
+        within("give a file to a user beyond them", "chown /tmp 65536"),
+        attempt("widen the container's ids", "write /proc/self/uid_map 0 0 1"),
         attempt(
             "write `/proc/sys/kernel/core_pattern`",
             "write /proc/sys/kernel/core_pattern |/x",
