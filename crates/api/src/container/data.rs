@@ -14,7 +14,7 @@ use tonic::Status;
 
 use crate::client::calls::call_of;
 use crate::context::Context;
-use crate::reach::BlobNames;
+use crate::reach::{self, BlobNames};
 use crate::service::Api;
 use crate::{decode, status};
 
@@ -136,6 +136,7 @@ pub(crate) async fn put_out(api: &Api, ctx: &Context, request: pb::FunctionCallP
     };
     let is_exchange = api.control.data_channels().inbound(entry.id, call_id).is_some();
     if !is_exchange && !entry.runs(call_id) {
+        reach::check_call(api, ctx, call_id).await?;
         return Err(Status::failed_precondition(format!(
             "no input of function call {call_id} runs in this container"
         )));
