@@ -181,9 +181,9 @@ fn append_layers(
 
     fsconfig_set_string(&context, "source", "overlay").map_err(failed("source"))?;
     // The kernel takes the topmost first.
-    for (index, layer) in lower_dirs.iter().rev().enumerate() {
+    for layer in lower_dirs.iter().rev() {
         match fsconfig_set_string(&context, "lowerdir+", value_of(layer)?.as_path()) {
-            Err(Errno::INVAL) if index == 0 => return Err(AppendError::NotSupported),
+            Err(Errno::INVAL) => return Err(AppendError::NotSupported),
             result => result.map_err(failed("layer"))?,
         }
     }
@@ -199,7 +199,12 @@ fn append_layers(
     for (key, value) in OPTIONS {
         fsconfig_set_string(&context, key, value).map_err(failed(key))?;
     }
-    fsconfig_create(&context).map_err(failed("create"))?;
+    match fsconfig_create(&context) {
+        // Before 6.5, overlayfs takes every option as it comes and refuses unknown ones here. Where something else is
+        // wrong, the classic way says so.
+        Err(Errno::INVAL) => return Err(AppendError::NotSupported),
+        result => result.map_err(failed("create"))?,
+    }
     let detached =
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).map_err(failed("mount"))?;
     move_mount(&detached, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(failed("attach"))
