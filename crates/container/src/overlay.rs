@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -143,8 +144,12 @@ pub fn mount_overlay(
         }
         // Overlayfs refuses a single layer that nothing can be written over.
         ([single], None) => bind_read_only(single, target)?,
+        _ if KERNEL_IS_OLD.load(Ordering::Relaxed) => mount_classic(lower_dirs, writable, target)?,
         _ => match append_layers(lower_dirs, writable, target) {
-            Err(AppendError::NotSupported) => mount_classic(lower_dirs, writable, target)?,
+            Err(AppendError::NotSupported) => {
+                mount_classic(lower_dirs, writable, target)?;
+                KERNEL_IS_OLD.store(true, Ordering::Relaxed);
+            }
             Err(AppendError::Failed(error)) => return Err(error),
             Ok(()) => {}
         },
@@ -154,6 +159,10 @@ pub fn mount_overlay(
         mounted: true,
     })
 }
+
+/// Known once the classic way has done what the newer one could not: such a kernel logs each option that it does not
+/// know.
+static KERNEL_IS_OLD: AtomicBool = AtomicBool::new(false);
 
 enum AppendError {
     /// The kernel is older than `lowerdir+`, or than the interface itself.
