@@ -42,8 +42,8 @@ test-e2e: build ## Only the end-to-end tests; PYTEST='-k name' chooses
 	@$(PYTHON) scripts/test e2e
 
 test-all: setup build ## What takes long, too
-	@scripts/setup fuzz
-	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust fuzz
+	@scripts/setup fuzz guest
+	@IONIAN_LONG_TESTS=1 $(PYTHON) scripts/test python e2e rust fuzz cgroup2
 
 fuzz: ## Fuzz every decoder that strangers reach; FUZZ_SECONDS=600 for each, FUZZ='grpc oci' chooses
 	@scripts/setup system fuzz

@@ -17,6 +17,7 @@ mod context;
 mod coverage;
 mod decode;
 mod encode;
+mod reach;
 mod request_body;
 mod service;
 mod status;

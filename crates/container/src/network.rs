@@ -19,7 +19,10 @@
 
 mod egress;
 mod firewall;
+mod guard;
 mod link;
+mod names;
+pub(crate) mod others;
 pub mod resolver;
 mod subnet;
 mod survivor;
@@ -39,7 +42,7 @@ use crate::config::ContainerConfig;
 use crate::keeper::record::NetworkRecord;
 pub(crate) use egress::Policy;
 pub use egress::{Cidr, CidrError, Egress, MAX_CIDRS};
-use firewall::ContainerRules;
+use firewall::{ContainerRules, Firewall};
 pub use subnet::Subnet;
 pub(crate) use survivor::Survivor;
 
@@ -73,13 +76,17 @@ pub enum NetworkError {
 pub struct Network {
     shared: Arc<Shared>,
     refill: AbortHandle,
+    guard: AbortHandle,
 }
 
 struct Shared {
     bridge: String,
     subnet: Subnet,
     mtu: u32,
-    table: String,
+    firewall: Arc<Firewall>,
+    /// What was found of other firewalls, the last time.
+    admitted: tokio::sync::Mutex<others::Found>,
+    relay: Mutex<Option<names::NameRelay>>,
     warm_slots: usize,
     nameservers: Vec<IpAddr>,
     addresses: Arc<Mutex<Addresses>>,
@@ -92,6 +99,8 @@ struct Shared {
 struct Pool {
     slots: VecDeque<Slot>,
     closed: bool,
+    /// The bridge goes, or has gone.
+    removed: bool,
 }
 
 /// A network namespace with an address. Dropping it closes the namespace, and with the last process in it the
@@ -175,7 +184,13 @@ impl Network {
         .await?;
         enable_forwarding()?;
         // Also where it is taken over, so that rules of containers that have ended go: it is replaced at once.
-        firewall::create(&names.table, &names.bridge, subnet, policies).await?;
+        let firewall = {
+            let (names, policies) = (Names::of(config), policies.to_vec());
+            blocking("write the firewall's rules", move || {
+                Firewall::create(&names.table, &names.bridge, subnet, &policies)
+            })
+            .await?
+        };
         if survivor.is_none() {
             let rules = firewall::digest(&names.table, &names.bridge, subnet);
             survivor::remember(config, subnet, rules)?;
@@ -186,15 +201,19 @@ impl Network {
             bridge: names.bridge,
             subnet,
             mtu,
-            table: names.table,
+            firewall,
+            admitted: tokio::sync::Mutex::default(),
+            relay: Mutex::default(),
             warm_slots: config.warm_network_slots,
             nameservers: config.nameservers.clone(),
             addresses: Arc::new(Mutex::new(Addresses::new(subnet, names.link_prefix))),
             pool: Mutex::new(Pool::default()),
             wanted: Notify::new(),
         });
+        guard::tend(&shared).await;
         let refill = tokio::spawn(keep_filled(Arc::clone(&shared))).abort_handle();
-        Ok(Self { shared, refill })
+        let guard = tokio::spawn(guard::watch(Arc::clone(&shared))).abort_handle();
+        Ok(Self { shared, refill, guard })
     }
 
     /// The host's address as containers see it, where the platform's container listener binds.
@@ -212,12 +231,15 @@ impl Network {
 
     /// Lets containers connect to this TCP port of the gateway address.
     pub async fn allow_host_port(&self, port: u16) -> Result<(), NetworkError> {
-        firewall::allow_host_port(&self.shared.table, port).await
+        let firewall = Arc::clone(&self.shared.firewall);
+        blocking("open a port", move || firewall.allow_host_port(port)).await?;
+        guard::admit(&self.shared).await;
+        Ok(())
     }
 
     /// The text of a container's `/etc/resolv.conf`.
     pub(crate) fn resolv_conf(&self) -> String {
-        resolver::resolv_conf(&self.shared.nameservers).text
+        resolver::for_container(&self.shared.nameservers, self.shared.subnet.gateway())
     }
 
     /// A namespace from the pool, else a new one.
@@ -248,9 +270,7 @@ impl Network {
         Some(Slot {
             namespace: None,
             claim,
-            rules: record
-                .policy()
-                .map(|policy| ContainerRules::of(&self.shared.table, policy)),
+            rules: record.policy().map(|policy| self.shared.firewall.rules_of(policy)),
             addresses: Arc::clone(&self.shared.addresses),
         })
     }
@@ -264,7 +284,8 @@ impl Network {
             address: slot.claim.address,
             egress: egress.clone(),
         };
-        slot.rules = ContainerRules::apply(&self.shared.table, policy).await?;
+        let firewall = Arc::clone(&self.shared.firewall);
+        slot.rules = blocking("limit a container's network", move || firewall.limit(policy)).await?;
         Ok(())
     }
 
@@ -280,14 +301,27 @@ impl Network {
     /// Removes bridge and firewall. Containers that still run are cut off.
     pub(crate) async fn remove(&self) -> Result<(), NetworkError> {
         self.close().await?;
-        let bridge = self.shared.bridge.clone();
-        blocking("remove the bridge", move || link::delete(&bridge).map(|_| ())).await?;
-        firewall::remove(&self.shared.table).await
+        lock(&self.shared.pool).removed = true;
+        {
+            // Whoever adds rules just now is waited for, and nobody does after.
+            let _admitted = self.shared.admitted.lock().await;
+            for error in others::withdraw(&self.shared.bridge).await {
+                tracing::warn!(error = %crate::chain(&error), "failed to take back what let containers through another firewall");
+            }
+        }
+        lock(&self.shared.relay).take();
+        let (bridge, firewall) = (self.shared.bridge.clone(), Arc::clone(&self.shared.firewall));
+        blocking("remove the bridge", move || {
+            link::delete(&bridge)?;
+            firewall.remove()
+        })
+        .await
     }
 
     /// Gives no namespaces any more and removes the idle ones; the others go on.
     pub(crate) async fn close(&self) -> Result<(), NetworkError> {
         self.refill.abort();
+        self.guard.abort();
         let idle = {
             let mut pool = lock(&self.shared.pool);
             pool.closed = true;
@@ -308,6 +342,7 @@ impl Network {
 impl Drop for Network {
     fn drop(&mut self) {
         self.refill.abort();
+        self.guard.abort();
         let mut pool = lock(&self.shared.pool);
         pool.closed = true;
         pool.slots.clear();

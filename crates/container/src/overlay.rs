@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -149,8 +150,12 @@ pub fn mount_overlay(
         }
         // Overlayfs refuses a single layer that nothing can be written over.
         ([single], None) => bind_read_only(single, target)?,
+        _ if KERNEL_IS_OLD.load(Ordering::Relaxed) => mount_classic(lower_dirs, writable, target)?,
         _ => match append_layers(lower_dirs, writable, target) {
-            Err(AppendError::NotSupported) => mount_classic(lower_dirs, writable, target)?,
+            Err(AppendError::NotSupported) => {
+                mount_classic(lower_dirs, writable, target)?;
+                KERNEL_IS_OLD.store(true, Ordering::Relaxed);
+            }
             Err(AppendError::Failed(error)) => return Err(error),
             Ok(()) => {}
         },
@@ -160,6 +165,10 @@ pub fn mount_overlay(
         mounted: true,
     })
 }
+
+/// Known once the classic way has done what the newer one could not: such a kernel logs each option that it does not
+/// know.
+static KERNEL_IS_OLD: AtomicBool = AtomicBool::new(false);
 
 enum AppendError {
     /// The kernel is older than `lowerdir+`, or than the interface itself.
@@ -187,9 +196,9 @@ fn append_layers(
 
     fsconfig_set_string(&context, "source", "overlay").map_err(failed("source"))?;
     // The kernel takes the topmost first.
-    for (index, layer) in lower_dirs.iter().rev().enumerate() {
+    for layer in lower_dirs.iter().rev() {
         match fsconfig_set_string(&context, "lowerdir+", value_of(layer)?.as_path()) {
-            Err(Errno::INVAL) if index == 0 => return Err(AppendError::NotSupported),
+            Err(Errno::INVAL) => return Err(AppendError::NotSupported),
             result => result.map_err(failed("layer"))?,
         }
     }
@@ -205,7 +214,12 @@ fn append_layers(
     for (key, value) in OPTIONS {
         fsconfig_set_string(&context, key, value).map_err(failed(key))?;
     }
-    fsconfig_create(&context).map_err(failed("create"))?;
+    match fsconfig_create(&context) {
+        // Before 6.5, overlayfs takes every option as it comes and refuses unknown ones here. Where something else is
+        // wrong, the classic way says so.
+        Err(Errno::INVAL) => return Err(AppendError::NotSupported),
+        result => result.map_err(failed("create"))?,
+    }
     let detached =
         fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).map_err(failed("mount"))?;
     move_mount(&detached, "", CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(failed("attach"))

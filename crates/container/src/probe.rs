@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::cgroup::Hierarchies;
 use crate::command::{self, Input};
-use crate::network::resolver;
+use crate::network::{others, resolver};
 use crate::overlay::{WritableLayer, mount_overlay};
 use crate::runc::find_program;
 use crate::userns;
@@ -88,7 +88,7 @@ pub async fn probe(state_dir: &Path) -> Vec<Probe> {
         Probe::new(
             "forwarding",
             forwarding().await,
-            "another firewall drops forwarded packets: accept those of the interfaces ion* (with Docker: iptables -I DOCKER-USER -i ion+ -j ACCEPT; iptables -I DOCKER-USER -o ion+ -j ACCEPT)",
+            "let that firewall accept what comes from the interfaces ion*, and the answers (docs/guide.md, A host with other firewalls)",
         ),
         Probe::new(
             "ip_forward",
@@ -194,20 +194,20 @@ async fn nftables() -> Result<String, String> {
     Ok(found)
 }
 
-/// Every table's forward chain must let a packet through, so accepting it in ours is not enough.
+/// Every table must let a packet through, so accepting it in ours is not enough.
 async fn forwarding() -> Result<String, String> {
     if !nix::unistd::geteuid().is_root() {
         return Ok("not looked at, since that needs root".to_owned());
     }
-    match command::run("nft", &["list", "chain", "ip", "filter", "FORWARD"], Input::None).await {
-        Ok(rules) if rules.contains("policy drop") && !rules.contains("ion") => {
-            Err("the chain FORWARD of iptables drops what it does not know".to_owned())
-        }
-        Ok(_) => Ok("the chain FORWARD of iptables accepts".to_owned()),
-        // No such chain, which is the usual case.
-        Err(command::CommandError::Failed { .. }) => Ok("no other firewall found".to_owned()),
-        Err(error) => Err(crate::chain(&error)),
+    let found = others::look().await;
+    let join = |texts: std::collections::BTreeSet<String>| texts.into_iter().collect::<Vec<_>>().join("; ");
+    if !found.problems.is_empty() {
+        return Err(join(found.problems));
     }
+    if found.open.is_empty() {
+        return Ok("no other firewall found".to_owned());
+    }
+    Ok(join(found.open))
 }
 
 fn ip_forward() -> Result<String, String> {
@@ -224,13 +224,13 @@ fn name_servers() -> Result<String, String> {
     let found = resolver::resolv_conf(&[]);
     match found.problem {
         Some(problem) => Err(problem),
-        None => Ok(found
-            .nameservers
-            .iter()
-            .map(ToString::to_string)
-            .collect::<Vec<_>>()
-            .join(", ")),
+        None if found.nameservers.is_empty() => Ok(format!("{}, through a relay", listed(&found.relayed))),
+        None => Ok(listed(&found.nameservers)),
     }
+}
+
+fn listed(items: &[impl ToString]) -> String {
+    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -69,6 +69,11 @@ impl ContainerEntry {
         self.held.lock().remove(&input_id);
     }
 
+    /// Whether this container was handed the input and has not answered it.
+    pub fn holds(&self, input_id: InputId) -> bool {
+        self.held.lock().contains_key(&input_id)
+    }
+
     /// Whether an input of this call runs here, so that the container may speak for the call.
     pub fn runs(&self, call_id: CallId) -> bool {
         self.held.lock().values().any(|held| *held == call_id)
@@ -197,8 +202,23 @@ impl Containers {
         self.find(id)
     }
 
+    /// What shows later that the subject was given to this app's containers, or made by them. `purpose` keeps
+    /// marks of one kind from passing for another's.
+    pub fn mark(&self, app_id: AppId, purpose: &str, subject: &str) -> [u8; 32] {
+        let mut mac = self.keyed();
+        for part in ["ionian mark", purpose, &app_id.to_string(), subject] {
+            mac.update(part.as_bytes());
+            mac.update(b"\0");
+        }
+        mac.finalize().into_bytes().into()
+    }
+
+    fn keyed(&self) -> Hmac<Sha256> {
+        Hmac::<Sha256>::new_from_slice(self.key.as_slice()).expect("HMAC takes keys of any length")
+    }
+
     fn mac(&self, id: ContainerId) -> Hmac<Sha256> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(self.key.as_slice()).expect("HMAC takes keys of any length");
+        let mut mac = self.keyed();
         mac.update(b"ionian container credential\0");
         mac.update(id.to_string().as_bytes());
         mac

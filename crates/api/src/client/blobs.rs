@@ -6,8 +6,9 @@ use ionian_proto::client as pb;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach::BlobNames;
 use crate::service::Api;
-use crate::{decode, status};
+use crate::status;
 
 /// Answers in both forms: the npm client reads the singular fields, the Python client the plural ones
 /// (and takes a single-part URL from some host names only, hence parts).
@@ -31,7 +32,7 @@ pub(crate) async fn create(
     let plan = api
         .signer
         .upload_plan(&ctx.base_url, &upload, Timestamp::now() + UPLOAD_URL_LIFETIME);
-    let blob_id = plan.blob_id.to_string();
+    let blob_id = BlobNames::of(api, ctx).show(plan.blob_id.to_string());
     let part_length = i64::try_from(plan.part_length).unwrap_or(i64::MAX);
     let multipart = pb::MultiPartUpload {
         part_length,
@@ -51,7 +52,7 @@ pub(crate) async fn create(
 }
 
 pub(crate) async fn get(api: &Api, ctx: &Context, request: pb::BlobGetRequest) -> Result<pb::BlobGetResponse, Status> {
-    let id = decode::id(&request.blob_id)?;
+    let id = BlobNames::of(api, ctx).read(&request.blob_id)?;
     api.control
         .blobs()
         .info(id)

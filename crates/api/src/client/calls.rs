@@ -13,6 +13,7 @@ use ionian_proto::client as pb;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach::{self, BlobNames};
 use crate::service::Api;
 use crate::{decode, encode, status};
 
@@ -24,11 +25,13 @@ const STREAM_PATIENCE: Duration = Duration::from_secs(30);
 const OVER_PAUSE: Duration = Duration::from_secs(1);
 
 fn decode_inputs(
+    names: &BlobNames<'_>,
     items: Vec<pb::FunctionPutInputsItem>,
 ) -> Result<Vec<(u32, ionian_domain::call::InputPayload)>, Status> {
     items
         .into_iter()
-        .map(|item| {
+        .map(|mut item| {
+            names.read_input(item.input.as_mut())?;
             let index = u32::try_from(item.idx).map_err(|_| status::invalid("an input's index is negative"))?;
             Ok((index, decode::input(item.input)?))
         })
@@ -63,8 +66,9 @@ pub(crate) async fn map(
             function_id,
             kind: decode::call_kind(request.function_call_type)?,
             invocation: decode::invocation(request.function_call_invocation_type),
-            parent_input_id: decode::optional_id(&request.parent_input_id)?,
-            inputs: decode_inputs(request.pipelined_inputs)?,
+            parent_input_id: reach::parent(ctx, decode::optional_id(&request.parent_input_id)?),
+            origin: reach::origin(ctx),
+            inputs: decode_inputs(&BlobNames::of(api, ctx), request.pipelined_inputs)?,
             dedupe: ctx.idempotency_key.clone(),
         })
         .await
@@ -92,13 +96,14 @@ pub(crate) async fn put_inputs(
     request: pb::FunctionPutInputsRequest,
 ) -> Result<pb::FunctionPutInputsResponse, Status> {
     let call_id = decode::id(&request.function_call_id)?;
+    reach::check_call(api, ctx, call_id).await?;
     let inputs = api
         .control
         .calls()
         .put_inputs(
             call_id,
             decode::id(&request.function_id)?,
-            decode_inputs(request.inputs)?,
+            decode_inputs(&BlobNames::of(api, ctx), request.inputs)?,
             ctx.idempotency_key.clone(),
         )
         .await
@@ -110,12 +115,14 @@ pub(crate) async fn put_inputs(
 
 pub(crate) async fn finish_inputs(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionFinishInputsRequest,
 ) -> Result<(), Status> {
+    let call_id = decode::id(&request.function_call_id)?;
+    reach::check_call(api, ctx, call_id).await?;
     api.control
         .calls()
-        .finish_inputs(decode::id(&request.function_call_id)?, request.num_inputs)
+        .finish_inputs(call_id, request.num_inputs)
         .await
         .map_err(status::from_error)
 }
@@ -134,7 +141,8 @@ fn sequence(entry_id: &str) -> Result<u64, Status> {
     })
 }
 
-fn output(record: OutputRecord) -> pb::FunctionGetOutputsItem {
+fn output(names: &BlobNames<'_>, mut record: OutputRecord) -> pb::FunctionGetOutputsItem {
+    record.outcome.payload = names.show_payload(record.outcome.payload);
     pb::FunctionGetOutputsItem {
         idx: record.index as i32,
         input_id: record.input_id.to_string(),
@@ -152,10 +160,11 @@ fn output(record: OutputRecord) -> pb::FunctionGetOutputsItem {
 
 pub(crate) async fn get_outputs(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionGetOutputsRequest,
 ) -> Result<pb::FunctionGetOutputsResponse, Status> {
     let call_id = decode::id(&request.function_call_id)?;
+    reach::check_call(api, ctx, call_id).await?;
     let after = sequence(&request.last_entry_id)?;
     let range = match (request.start_idx, request.end_idx) {
         (Some(start), Some(end)) => Some((u32::try_from(start).unwrap_or(0), u32::try_from(end).unwrap_or(0))),
@@ -192,33 +201,33 @@ pub(crate) async fn get_outputs(
         })
         .await
         .map_err(status::from_error)?;
+    let names = BlobNames::of(api, ctx);
     Ok(pb::FunctionGetOutputsResponse {
-        outputs: page.outputs.into_iter().map(output).collect(),
+        outputs: page.outputs.into_iter().map(|record| output(&names, record)).collect(),
         last_entry_id: format!("{}-0", page.last_sequence),
         num_unfinished_inputs: page.unfinished as i32,
         ..pb::FunctionGetOutputsResponse::default()
     })
 }
 
-pub(crate) async fn cancel(api: &Api, _: &Context, request: pb::FunctionCallCancelRequest) -> Result<(), Status> {
+pub(crate) async fn cancel(api: &Api, ctx: &Context, request: pb::FunctionCallCancelRequest) -> Result<(), Status> {
+    let call_id = decode::id(&request.function_call_id)?;
+    reach::check_call(api, ctx, call_id).await?;
     api.control
         .calls()
-        .cancel(decode::id(&request.function_call_id)?, request.terminate_containers)
+        .cancel(call_id, request.terminate_containers)
         .await
         .map_err(status::from_error)
 }
 
 pub(crate) async fn from_id(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionCallFromIdRequest,
 ) -> Result<pb::FunctionCallFromIdResponse, Status> {
-    let summary = api
-        .control
-        .calls()
-        .summary(decode::id(&request.function_call_id)?)
-        .await
-        .map_err(status::from_error)?;
+    let call_id = decode::id(&request.function_call_id)?;
+    reach::check_call(api, ctx, call_id).await?;
+    let summary = api.control.calls().summary(call_id).await.map_err(status::from_error)?;
     Ok(pb::FunctionCallFromIdResponse {
         function_call_id: summary.call.id.to_string(),
         num_inputs: summary.input_count as i32,
@@ -229,11 +238,11 @@ pub(crate) async fn from_id(
     })
 }
 
-pub(crate) fn data_chunk(chunk: Chunk) -> pb::DataChunk {
+fn data_chunk(names: &BlobNames<'_>, chunk: Chunk) -> pb::DataChunk {
     pb::DataChunk {
         data_format: chunk.data_format,
         index: chunk.index,
-        data_oneof: Some(match chunk.payload {
+        data_oneof: Some(match names.show_payload(chunk.payload) {
             Payload::Inline(bytes) => pb::data_chunk::DataOneof::Data(bytes),
             Payload::Blob(blob_id) => pb::data_chunk::DataOneof::DataBlobId(blob_id),
         }),
@@ -256,40 +265,47 @@ type ChunkStream = Pin<Box<dyn Stream<Item = Result<pb::DataChunk, Status>> + Se
 /// opens it anew when it ends: a call that is over is looked at once in a while, not without a pause.
 pub(crate) async fn get_data_out(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionCallGetDataRequest,
 ) -> Result<ChunkStream, Status> {
     let call_id = call_of(request.call_info)?;
+    reach::check_call(api, ctx, call_id).await?;
     api.control.calls().summary(call_id).await.map_err(status::from_error)?;
+    let (api, ctx) = (api.clone(), ctx.clone());
     let control = api.control.clone();
     let state = (control, request.last_index, Vec::<Chunk>::new().into_iter());
-    let stream = futures_util::stream::try_unfold(state, move |(control, last, mut ready)| async move {
-        let mut last = last;
-        loop {
-            if let Some(chunk) = ready.next() {
-                last = chunk.index;
-                return Ok(Some((data_chunk(chunk), (control, last, ready))));
-            }
-            // Looked at before the chunks: a call that was over by then has put all of its chunks.
-            let mut outcome = control.calls().follow(call_id);
-            let over = match control.calls().summary(call_id).await {
-                Ok(summary) => summary.input_count > 0 && summary.finished_count >= summary.input_count,
-                Err(_expired) => true,
-            };
-            let (chunks, mut news) = control.streams().read(call_id, last).map_err(status::from_error)?;
-            if !chunks.is_empty() {
-                ready = chunks.into_iter();
-                continue;
-            }
-            if over {
-                tokio::time::sleep(OVER_PAUSE).await;
-                return Ok(None);
-            }
-            // Woken by a value or by the outcome, whichever comes first.
-            tokio::select! {
-                _ = news.changed() => {}
-                () = outcome.changed() => {}
-                () = tokio::time::sleep(STREAM_PATIENCE) => {}
+    let stream = futures_util::stream::try_unfold(state, move |(control, last, mut ready)| {
+        let (api, ctx) = (api.clone(), ctx.clone());
+        async move {
+            let names = BlobNames::of(&api, &ctx);
+            let mut last = last;
+            loop {
+                if let Some(chunk) = ready.next() {
+                    last = chunk.index;
+                    let chunk = data_chunk(&names, chunk);
+                    return Ok(Some((chunk, (control, last, ready))));
+                }
+                // Looked at before the chunks: a call that was over by then has put all of its chunks.
+                let mut outcome = control.calls().follow(call_id);
+                let over = match control.calls().summary(call_id).await {
+                    Ok(summary) => summary.input_count > 0 && summary.finished_count >= summary.input_count,
+                    Err(_expired) => true,
+                };
+                let (chunks, mut news) = control.streams().read(call_id, last).map_err(status::from_error)?;
+                if !chunks.is_empty() {
+                    ready = chunks.into_iter();
+                    continue;
+                }
+                if over {
+                    tokio::time::sleep(OVER_PAUSE).await;
+                    return Ok(None);
+                }
+                // Woken by a value or by the outcome, whichever comes first.
+                tokio::select! {
+                    _ = news.changed() => {}
+                    () = outcome.changed() => {}
+                    () = tokio::time::sleep(STREAM_PATIENCE) => {}
+                }
             }
         }
     });

@@ -11,6 +11,7 @@ use prost::Message;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach;
 use crate::service::Api;
 use crate::{decode, encode, status};
 
@@ -250,7 +251,8 @@ pub(crate) async fn get(
         .get_by_id(app.environment_id)
         .await
         .map_err(status::from_error)?;
-    let echoed = encode::function(&api.control, &environment, &function);
+    let mut echoed = encode::function(&api.control, &environment, &function);
+    reach::hide_from_containers(ctx, &mut echoed);
     Ok(pb::FunctionGetResponse {
         function_id: function.id.to_string(),
         handle_metadata: Some(encode::handle_metadata(&api.control, &environment, &function)),
@@ -285,7 +287,7 @@ async fn lookup_error(
 
 pub(crate) async fn get_by_id(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionGetByIdRequest,
 ) -> Result<pb::FunctionGetByIdResponse, Status> {
     let function = api
@@ -295,7 +297,8 @@ pub(crate) async fn get_by_id(
         .await
         .map_err(status::from_error)?;
     let (_, environment) = app_and_environment(api, function.app_id).await?;
-    let echoed = encode::function(&api.control, &environment, &function);
+    let mut echoed = encode::function(&api.control, &environment, &function);
+    reach::hide_from_containers(ctx, &mut echoed);
     Ok(pb::FunctionGetByIdResponse {
         function: Some(encode::function_data(&echoed)),
         handle_metadata: Some(encode::handle_metadata(&api.control, &environment, &function)),
@@ -349,7 +352,7 @@ pub(crate) async fn class_get(
 
 pub(crate) async fn bind_params(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::FunctionBindParamsRequest,
 ) -> Result<pb::FunctionBindParamsResponse, Status> {
     let base = api
@@ -359,6 +362,7 @@ pub(crate) async fn bind_params(
         .await
         .map_err(status::from_error)?;
     let options = request.function_options.unwrap_or_default();
+    reach::check_options(ctx, &options)?;
     let mut message = encode::definition(&base);
     apply_options(&mut message, &options)?;
     let mut spec = decode::function(

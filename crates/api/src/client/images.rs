@@ -11,6 +11,7 @@ use ionian_proto::client as pb;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach;
 use crate::service::Api;
 use crate::{decode, encode, status};
 
@@ -171,15 +172,12 @@ pub(crate) async fn join(api: &Api, _: &Context, request: pb::ImageJoinStreaming
 
 pub(crate) async fn from_id(
     api: &Api,
-    _: &Context,
+    ctx: &Context,
     request: pb::ImageFromIdRequest,
 ) -> Result<pb::ImageFromIdResponse, Status> {
-    let image = api
-        .control
-        .images()
-        .get(decode::id(&request.image_id)?)
-        .await
-        .map_err(status::from_error)?;
+    let id = decode::id(&request.image_id)?;
+    reach::check_image(ctx, id)?;
+    let image = api.control.images().get(id).await.map_err(status::from_error)?;
     let metadata = metadata(&image)
         .ok_or_else(|| Status::failed_precondition(format!("image {} is not built", request.image_id)))?;
     Ok(pb::ImageFromIdResponse {

@@ -14,6 +14,7 @@ use tonic::Status;
 
 use crate::client::calls::call_of;
 use crate::context::Context;
+use crate::reach::{self, BlobNames};
 use crate::service::Api;
 use crate::{decode, status};
 
@@ -135,15 +136,19 @@ pub(crate) async fn put_out(api: &Api, ctx: &Context, request: pb::FunctionCallP
     };
     let is_exchange = api.control.data_channels().inbound(entry.id, call_id).is_some();
     if !is_exchange && !entry.runs(call_id) {
+        reach::check_call(api, ctx, call_id).await?;
         return Err(Status::failed_precondition(format!(
             "no input of function call {call_id} runs in this container"
         )));
     }
+    let names = BlobNames::of(api, ctx);
     let mut values = Vec::new();
     for chunk in request.data_chunks {
         let payload = match chunk.data_oneof {
             Some(pb::data_chunk::DataOneof::Data(bytes)) => decode::payload(Some(bytes), None),
-            Some(pb::data_chunk::DataOneof::DataBlobId(id)) => decode::payload(None, Some(id)),
+            Some(pb::data_chunk::DataOneof::DataBlobId(id)) => {
+                decode::payload(None, Some(names.read(&id)?.to_string()))
+            }
             None => decode::payload(None, None),
         };
         if !is_exchange {

@@ -4,12 +4,13 @@ use bytes::Bytes;
 use ionian_control::AttemptReport;
 use ionian_control::app::container_calls::Work;
 use ionian_control::data_channel::{WebInput, WebScope};
-use ionian_domain::Timestamp;
 use ionian_domain::call::AttemptNumber;
+use ionian_domain::{FunctionId, InputId, Timestamp};
 use ionian_proto::client as pb;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach::BlobNames;
 use crate::service::Api;
 use crate::{decode, encode, status};
 
@@ -19,6 +20,13 @@ pub(crate) async fn get(
     request: pb::FunctionGetInputsRequest,
 ) -> Result<pb::FunctionGetInputsResponse, Status> {
     let entry = ctx.container()?;
+    let function_id: Option<FunctionId> = decode::optional_id(&request.function_id)?;
+    if function_id.is_some_and(|wanted| wanted != entry.function_id) {
+        return Err(Status::permission_denied(
+            "a container gets inputs of its own function only",
+        ));
+    }
+    let names = BlobNames::of(api, ctx);
     let work = api
         .control
         .container_calls()
@@ -28,9 +36,12 @@ pub(crate) async fn get(
     let inputs = match work {
         Work::Inputs(inputs) => inputs
             .into_iter()
-            .map(|input| pb::FunctionGetInputsItem {
+            .map(|mut input| pb::FunctionGetInputsItem {
                 input_id: input.input_id.to_string(),
-                input: Some(encode::input(input.input)),
+                input: Some({
+                    input.input.payload = names.show_payload(input.input.payload);
+                    encode::input(input.input)
+                }),
                 kill_switch: false,
                 function_call_id: input.call_id.to_string(),
                 function_call_invocation_type: encode::invocation(input.invocation),
@@ -120,9 +131,18 @@ pub(crate) async fn put_outputs(
 ) -> Result<(), Status> {
     let entry = ctx.container()?;
     let mut reports = Vec::with_capacity(request.outputs.len());
-    for output in request.outputs {
+    let names = BlobNames::of(api, ctx);
+    for mut output in request.outputs {
+        names.read_result(output.result.as_mut())?;
+        let input_id: InputId = decode::id(&output.input_id)?;
+        let may_answer = api.control.container_calls().may_answer(entry, input_id).await;
+        if !may_answer.map_err(status::from_error)? {
+            return Err(Status::permission_denied(format!(
+                "input {input_id} is not one of this container's function"
+            )));
+        }
         reports.push(AttemptReport {
-            input_id: decode::id(&output.input_id)?,
+            input_id,
             attempt: AttemptNumber(output.retry_count),
             outcome: decode::outcome(output.result, output.data_format)?,
             started_at: (output.input_started_at > 0.0).then(|| Timestamp::from_unix_seconds(output.input_started_at)),

@@ -7,6 +7,7 @@ use ionian_proto::client as pb;
 use tonic::Status;
 
 use crate::context::Context;
+use crate::reach::BlobNames;
 use crate::service::Api;
 use crate::{decode, status};
 
@@ -34,7 +35,9 @@ pub(crate) async fn heartbeat(
 /// The runtime could not set the function up. Its exit code is 0 all the same.
 pub(crate) async fn task_result(api: &Api, ctx: &Context, request: pb::TaskResultRequest) -> Result<(), Status> {
     let entry = ctx.container()?;
-    let outcome = decode::outcome(request.result, 0)?;
+    let mut result = request.result;
+    BlobNames::of(api, ctx).read_result(result.as_mut())?;
+    let outcome = decode::outcome(result, 0)?;
     if outcome.status == OutcomeStatus::Success {
         return Ok(());
     }

@@ -73,6 +73,31 @@ pub(super) fn host_facts() -> Result<HostFacts, NetworkError> {
         }
         Ok(HostFacts { routes, uplink_mtu })
     })
+    .and_then(|facts| {
+        let routes = facts.routes.into_iter().chain(networks_of_interfaces()?).collect();
+        Ok(HostFacts { routes, ..facts })
+    })
+}
+
+/// An interface that is down has a network, and no route to it.
+fn networks_of_interfaces() -> Result<Vec<Route>, NetworkError> {
+    let v4 = |address: Option<nix::sys::socket::SockaddrStorage>| Some(address?.as_sockaddr_in()?.ip());
+    Ok(addresses()?
+        .filter_map(|found| {
+            let netmask = v4(found.netmask)?;
+            Some(Route {
+                base: v4(found.address)?,
+                prefix: u8::try_from(u32::from(netmask).leading_ones()).ok()?,
+            })
+        })
+        .collect())
+}
+
+fn addresses() -> Result<nix::ifaddrs::InterfaceAddressIterator, NetworkError> {
+    nix::ifaddrs::getifaddrs().map_err(|error| NetworkError::Io {
+        what: "list addresses".to_owned(),
+        source: error.into(),
+    })
 }
 
 pub(super) fn create_bridge(name: &str, seed: &str, subnet: Subnet, mtu: u32) -> Result<(), NetworkError> {
@@ -103,11 +128,7 @@ pub(super) fn create_bridge(name: &str, seed: &str, subnet: Subnet, mtu: u32) ->
 
 /// Whether the interface is there and has the address.
 pub(super) fn has_address(name: &str, address: Ipv4Addr) -> Result<bool, NetworkError> {
-    let mut addresses = nix::ifaddrs::getifaddrs().map_err(|error| NetworkError::Io {
-        what: "list addresses".to_owned(),
-        source: error.into(),
-    })?;
-    Ok(addresses.any(|found| {
+    Ok(addresses()?.any(|found| {
         found.interface_name == name
             && found
                 .address

@@ -53,7 +53,7 @@ impl Survivor {
         {
             return Ok(None);
         }
-        match firewall::take_over(&names.table).await {
+        match blocking("take the firewall over", move || firewall::take_over(&names.table)).await {
             Ok(()) => Ok(Some(Self { subnet })),
             Err(error) => {
                 tracing::warn!(error = %crate::chain(&error), "the firewall of the last run is not there any more");

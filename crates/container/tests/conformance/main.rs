@@ -7,6 +7,7 @@
 
 mod adoption;
 mod common;
+mod guest;
 mod isolated;
 mod leftovers;
 mod network;

@@ -6,7 +6,7 @@ use ionian_domain::call::{Call, CallKind, InputPayload, Invocation};
 use ionian_domain::function::RetryPolicy;
 use ionian_domain::outcome::OutcomeStatus;
 use ionian_domain::record::{NewInput, OutputRecord};
-use ionian_domain::{CallId, FunctionId, InputId, Outcome, Timestamp};
+use ionian_domain::{AppId, CallId, FunctionId, InputId, Outcome, Timestamp};
 use ionian_scheduler::Event;
 use ionian_store::calls::CallSummary;
 use parking_lot::Mutex;
@@ -24,6 +24,11 @@ const MAX_HOLD: Duration = Duration::from_mins(1);
 /// Inputs in one request; the client sends 49.
 const MAX_INPUTS_PER_PUT: usize = 1_000;
 
+/// Characters of a call's id that are drawn; the six behind them, 35 bits, are the mark of the app that made the
+/// call. Nobody can try marks, since ids of others' calls are not theirs to choose.
+const UNMARKED_CHARACTERS: usize = 16;
+const MARK_OF_CALLS: &str = "call";
+
 pub struct Calls<'a>(pub(crate) &'a Control);
 
 /// What starts a call.
@@ -33,6 +38,8 @@ pub struct StartCall {
     pub kind: CallKind,
     pub invocation: Invocation,
     pub parent_input_id: Option<InputId>,
+    /// The app whose code in a container makes the call; `None` for people's.
+    pub origin: Option<AppId>,
     pub inputs: Vec<(u32, InputPayload)>,
     /// Names the request: repeated requests get the call that the first one made.
     pub dedupe: Option<String>,
@@ -69,7 +76,11 @@ impl Calls<'_> {
     pub async fn start(&self, request: StartCall) -> Result<StartedCall> {
         check_count(request.inputs.len())?;
         let key = request.dedupe.as_deref();
-        let call_id = key.map_or_else(CallId::generate, |key| CallId::from_digest(&digest("call", key)));
+        let drawn = key.map_or_else(rand::random, |key| digest("call", key));
+        let call_id = match request.origin {
+            Some(app_id) => self.marked(drawn, app_id),
+            None => CallId::from_digest(&drawn),
+        };
         let inputs = name_inputs(call_id, key, request.inputs);
         let target = self.0.call_targets().get(self.0, request.function_id).await?;
         let started = StartedCall {
@@ -160,6 +171,30 @@ impl Calls<'_> {
                 "function call {call_id} does not exist, or its results have expired"
             ))
         })
+    }
+
+    /// An id that says whose code made the call: its end is a signature of its beginning. So the origin survives
+    /// restarts and is found without a look into the database.
+    fn marked(&self, mut drawn: [u8; 32], origin: AppId) -> CallId {
+        let mark = self.0.containers().mark(
+            origin,
+            MARK_OF_CALLS,
+            &CallId::from_digest(&drawn).suffix()[..UNMARKED_CHARACTERS],
+        );
+        drawn[UNMARKED_CHARACTERS..].copy_from_slice(&mark[UNMARKED_CHARACTERS..]);
+        CallId::from_digest(&drawn)
+    }
+
+    /// Whether code in this app's containers may follow, feed and cancel the call: it made the call, or is what
+    /// is called.
+    pub async fn is_open_to(&self, call_id: CallId, app_id: AppId) -> Result<bool> {
+        let beginning = &call_id.suffix()[..UNMARKED_CHARACTERS];
+        let mark = CallId::from_digest(&self.0.containers().mark(app_id, MARK_OF_CALLS, beginning));
+        if mark.suffix()[UNMARKED_CHARACTERS..] == call_id.suffix()[UNMARKED_CHARACTERS..] {
+            return Ok(true);
+        }
+        let found = self.0.store().calls().call_summary(call_id).await?;
+        Ok(found.is_some_and(|summary| summary.call.app_id == app_id))
     }
 
     /// Outputs after a sequence number; waits until there are some or the hold is over. A read never

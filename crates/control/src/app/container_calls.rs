@@ -104,6 +104,19 @@ impl ContainerCalls<'_> {
         Ok(inputs)
     }
 
+    /// Whether the container may answer for this input: it was handed out to a container of the same function, or
+    /// is not known (any more), and then nothing comes of the answer.
+    pub async fn may_answer(&self, entry: &ContainerEntry, input_id: InputId) -> Result<bool> {
+        if entry.holds(input_id) {
+            return Ok(true);
+        }
+        let Some(call_id) = self.0.store().calls().find_call_of_input(input_id).await? else {
+            return Ok(true);
+        };
+        let call = self.0.store().calls().call_summary(call_id).await?;
+        Ok(call.is_none_or(|summary| summary.call.function_id == entry.function_id))
+    }
+
     /// Takes outputs, and answers when they are recorded.
     pub async fn put_outputs(&self, entry: &ContainerEntry, reports: Vec<AttemptReport>) -> Result<()> {
         let mut recorded = Vec::with_capacity(reports.len());
