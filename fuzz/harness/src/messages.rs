@@ -199,7 +199,7 @@ fn data_channel(mut input: BytesIn<'_>) {
                     // The client goes away.
                     exchanges[at].0 = None;
                 } else if let Some(exchange) = &mut exchanges[at].0 {
-                    while exchange.from_app.try_recv().is_ok() {}
+                    while let Some(Some(_)) = exchange.from_app.recv().now_or_never() {}
                 }
             }
         }
