@@ -87,7 +87,7 @@ async fn a_container_speaks_only_for_calls_that_it_runs() {
     let (container, input) = running(&platform).await;
     let foreign = ionian_domain::CallId::generate().to_string();
     let answer = yields(&container, &foreign, vec![chunk(1, "forged")]).await;
-    assert_refused(answer, Code::FailedPrecondition, "runs in this container");
+    assert_refused(answer, Code::NotFound, "does not exist for this container");
     container.succeed(&input, b"done").await;
     let answer = yields(&container, &input.function_call_id, vec![chunk(1, "late")]).await;
     assert_refused(answer, Code::FailedPrecondition, "runs in this container");
