@@ -11,6 +11,7 @@ use ionian_control::{Caller, Control};
 use ionian_domain::call::Payload;
 use ionian_domain::{AppId, BlobId, CallId, ImageId, InputId};
 use ionian_proto::client as pb;
+use subtle::ConstantTimeEq as _;
 use tonic::Status;
 
 use crate::context::Context;
@@ -73,10 +74,8 @@ impl<'a> BlobNames<'a> {
         let id: BlobId = decode::id(id)?;
         let given = hex::decode(signature).unwrap_or_default();
         // The same words whether or not there is such a blob.
-        if !is_equal(
-            &given,
-            &self.control.containers().mark(app_id, PURPOSE, &id.to_string())[..SIGNATURE_BYTES],
-        ) {
+        let wanted = self.control.containers().mark(app_id, PURPOSE, &id.to_string());
+        if !bool::from(given.ct_eq(&wanted[..SIGNATURE_BYTES])) {
             return Err(Status::permission_denied(
                 "this blob was not given to this app's containers, and not made by them",
             ));
@@ -102,11 +101,6 @@ impl<'a> BlobNames<'a> {
             Some(pb::generic_result::DataOneof::Data(_)) | None => Ok(()),
         }
     }
-}
-
-/// In a time that says nothing of where they differ.
-fn is_equal(given: &[u8], wanted: &[u8]) -> bool {
-    given.len() == wanted.len() && given.iter().zip(wanted).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
 }
 
 /// Refuses a call that is neither of the container's app nor made by it, in the words for one that is not there.
