@@ -29,6 +29,7 @@
 //! | `away 5m` | time passes, and the server is down |
 //! | `announced A` | its web endpoints were noted |
 //! | `desired` | shows the desired set, with a `!` at containers that must exist already |
+//! | `views f` | shows the containers, the statistics of `f`, and the runtimes of the workers, as people see them |
 //! | `silence 30s` | from now on, what is silent for so long is given up |
 //! | `shutdown` | |
 
@@ -127,6 +128,10 @@ impl Story {
             writeln!(self.text, "    desired: {desired}").unwrap();
             return;
         }
+        if let Some(function) = line.strip_prefix("views ") {
+            self.views(function);
+            return;
+        }
         if let Some(time) = line.strip_prefix("silence ") {
             self.scheduler.state.config.worker_silence = duration(time);
             return;
@@ -164,6 +169,22 @@ impl Story {
         }
         let events = line.split(" & ").map(|part| self.event(part)).collect();
         self.turn(line, events);
+    }
+
+    fn views(&mut self, function: &str) {
+        for view in self.scheduler.containers() {
+            let (container, on, of) = (name(view.id), name(view.worker_id), name(view.function_id));
+            let condition = match (view.ready, view.ending) {
+                (true, _) => "ready",
+                (false, false) => "starting",
+                (false, true) => "ending",
+            };
+            let (inputs, since) = (view.running_inputs, view.created_at.as_unix_seconds());
+            writeln!(self.text, "    {container} of {of} on {on} since {since}s: {condition}, runs {inputs}").unwrap();
+        }
+        let stats = self.scheduler.pool_stats(id(function));
+        writeln!(self.text, "    {function}: {stats:?}").unwrap();
+        writeln!(self.text, "    runtimes: {:?}", self.scheduler.runtimes()).unwrap();
     }
 
     fn number(&mut self) -> u64 {

@@ -13,5 +13,6 @@ mod cancel;
 mod failures;
 mod lifecycle;
 mod scaling;
+mod views;
 mod web;
 mod workers;
