@@ -7,6 +7,10 @@ use anyhow::{Context, bail, ensure};
 const MAGIC: u32 = 0x4c57_4f50;
 const HEADER: usize = 56;
 
+/// Directories in which the platform tries what the host can do. The kernel makes files there, too, of which
+/// nothing is traced; they are removed before the platform does anything else.
+const TRIALS: &str = "containers/.ionian-trial";
+
 /// One call of the traced program. Paths are relative to the root, which is the empty path.
 #[derive(Debug)]
 pub(crate) struct Record {
@@ -61,7 +65,9 @@ pub(crate) fn read(trace: &Path, root: &Path) -> anyhow::Result<Vec<Record>> {
     while !rest.is_empty() {
         let (record, left) =
             one(rest, root).with_context(|| format!("at byte {} of the trace", bytes.len() - rest.len()))?;
-        records.push(record);
+        if !record.path.starts_with(TRIALS) {
+            records.push(record);
+        }
         rest = left;
     }
     Ok(records)
