@@ -4,6 +4,7 @@ restart anything."""
 import contextlib
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,10 +33,11 @@ print(*[modal.FunctionCall.from_id(call_id).get(timeout=90) for call_id in sys.a
 
 # What is recorded as it is and not as a blob, and more than the database has room for without growing.
 SIZE = 1_900_000
+WEIGHING_SECONDS = 8.0
 WEIGH = f"""
 import modal
 weigh = modal.Function.from_name("crash", "weigh")
-print(*[weigh.spawn(8.0, {SIZE}).object_id for _ in range(4)])
+print(*[weigh.spawn({WEIGHING_SECONDS}, {SIZE}).object_id for _ in range(4)])
 """
 GET_SIZES = """
 import sys, modal
@@ -120,8 +122,9 @@ def test_results_wait_for_room(small_platform, disk, tmp_path_factory):
     spawned = client.python(WEIGH).stdout.split()
     client.wait_for_log("crash", "weighing")
     with filled(disk):
-        # The runtime says in its log that it was told to come back, and the log cannot be kept either.
-        wait_until(lambda: "log entries are lost" in platform.log(), "the results to be refused", 60)
+        wait_until(lambda: "a turn could not be recorded" in platform.log(), "the results to be refused", 60)
+        # Long enough for the results, should it have been something else that was refused first.
+        time.sleep(WEIGHING_SECONDS + 2)
     assert client.python(GET_SIZES, *spawned).stdout.split() == [str(SIZE)] * len(spawned)
     # Recorded, and not only told: they are there after a crash.
     platform.kill()
