@@ -8,9 +8,11 @@ counts.
 import http.client
 import shutil
 import statistics
+import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from bench import machine
 from bench.machine import BenchFailed
@@ -51,6 +53,16 @@ def measure(server: Server, report: Report) -> None:
     heading(f"p99 of a quiet endpoint at {REQUESTS_PER_SECOND} requests/s, with a culprit / without ({ROUNDS} rounds)")
     host = server.deploy_app("neighbours.py", "quiet")
     Sampler(server.port, host).run(1.0)
+    alone, beside = [], []
+    for _ in range(ROUNDS):
+        alone.append(Sampler(server.port, host).run(SECONDS))
+        with idle_process():
+            beside.append(Sampler(server.port, host).run(SECONDS))
+    say(
+        f"what the machine itself costs, one busy process of the host in the idle class:"
+        f" {spread([b / a for a, b in zip(alone, beside, strict=True)], ratio)} of p99 alone"
+        f" ({spread(alone, fine_milliseconds)})"
+    )
     for culprit in CULPRITS:
         ratios = []
         quiet, disturbed = [], []
@@ -83,6 +95,17 @@ def measure(server: Server, report: Report) -> None:
             spread(ratios, ratio),
             statistics.median(ratios) <= MAX_RATIO,
         )
+
+
+@contextmanager
+def idle_process() -> Iterator[None]:
+    """A process that the kernel runs only when nobody else wants to: what it costs, no scheduling can prevent."""
+    process = subprocess.Popen(["chrt", "--idle", "0", sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class Sampler:

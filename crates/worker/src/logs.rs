@@ -99,7 +99,12 @@ pub(crate) async fn pump(writer: &LogWriter, limits: LogLimits, stdout: OutputSt
         loop {
             let mut progress = false;
             for tap in &mut taps {
-                let granted = bucket.available(Instant::now()).min(READ_BYTES as u64) as usize;
+                // Where the container writes faster than it may, a few bytes are granted in each microsecond: read
+                // as they come they would take a core.
+                let granted = bucket.grant(Instant::now()).min(READ_BYTES as u64) as usize;
+                if granted == 0 {
+                    continue;
+                }
                 let read = tap.read(&mut buffer[..granted], |stream, text| {
                     batch.push(writer.entry(stream, text));
                 });
@@ -232,10 +237,19 @@ impl TokenBucket {
         self.tokens -= bytes as f64;
     }
 
+    /// How much may be read now: nothing, where it is too little to be worth the while.
+    fn grant(&mut self, now: Instant) -> u64 {
+        let available = self.available(now);
+        if available < self.least_grant() { 0 } else { available }
+    }
+
+    fn least_grant(&self) -> u64 {
+        MIN_GRANT_BYTES.min(self.limits.burst_bytes).max(1)
+    }
+
     /// How long to wait where too little is left.
     fn until_grant(&mut self, now: Instant) -> Option<Duration> {
-        let grant = MIN_GRANT_BYTES.min(self.limits.burst_bytes).max(1);
-        let missing = grant.saturating_sub(self.available(now));
+        let missing = self.least_grant().saturating_sub(self.available(now));
         // Rounded up by a millisecond, so that the wait is always long enough.
         let wait = missing as f64 / self.limits.bytes_per_second.max(1) as f64 + 0.001;
         (missing > 0).then(|| Duration::from_secs_f64(wait))
@@ -251,6 +265,22 @@ mod tests {
 
     use super::*;
     use crate::launch::tests::spec;
+
+    #[test]
+    fn a_bucket_that_is_empty_grants_nothing_until_it_is_worth_a_read() {
+        let limits = LogLimits {
+            bytes_per_second: 2 << 20,
+            burst_bytes: 8 << 20,
+        };
+        let begin = Instant::now();
+        let mut bucket = TokenBucket::new(limits, begin);
+        bucket.take(8 << 20);
+        // Two bytes, and then just too few for a read.
+        assert_eq!(bucket.grant(begin + Duration::from_micros(1)), 0);
+        assert_eq!(bucket.grant(begin + Duration::from_micros(7_800)), 0);
+        let wait = bucket.until_grant(begin + Duration::from_micros(7_800)).unwrap();
+        assert!(bucket.grant(begin + Duration::from_micros(7_800) + wait) >= MIN_GRANT_BYTES);
+    }
 
     type Written = Arc<Mutex<Vec<(LogStream, String)>>>;
 
