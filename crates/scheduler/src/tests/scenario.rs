@@ -180,7 +180,11 @@ impl Story {
                 (false, true) => "ending",
             };
             let (inputs, since) = (view.running_inputs, view.created_at.as_unix_seconds());
-            writeln!(self.text, "    {container} of {of} on {on} since {since}s: {condition}, runs {inputs}").unwrap();
+            writeln!(
+                self.text,
+                "    {container} of {of} on {on} since {since}s: {condition}, runs {inputs}"
+            )
+            .unwrap();
         }
         let stats = self.scheduler.pool_stats(id(function));
         writeln!(self.text, "    {function}: {stats:?}").unwrap();
