@@ -25,7 +25,7 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, getrlimit};
 
-use crate::cgroup::{CPU_PERIOD, cpu_quota};
+use crate::cgroup::cpu_quota;
 use crate::oci::OciProgram;
 use crate::passwd::Identity;
 use crate::runtime::{Bind, Launch, Limits};
@@ -318,12 +318,12 @@ fn resources(limits: Limits) -> Result<LinuxResources, OciSpecError> {
         resources = resources.memory(LinuxMemoryBuilder::default().limit(bytes).swap(bytes).build()?);
     }
     if let Some(millis) = limits.cpu_millis {
-        let quota = cpu_quota(millis);
+        let (quota, period) = cpu_quota(millis);
         let shares = (u64::from(millis) * 1024 / 1000).clamp(MIN_CPU_SHARES, MAX_CPU_SHARES);
         resources = resources.cpu(
             LinuxCpuBuilder::default()
                 .quota(quota)
-                .period(CPU_PERIOD)
+                .period(period)
                 .shares(shares)
                 .build()?,
         );
@@ -446,13 +446,19 @@ mod tests {
         let resources = json(&launch, &Identity::ROOT)["linux"]["resources"].clone();
         assert_eq!(resources["memory"]["limit"], 1 << 30);
         assert_eq!(resources["memory"]["swap"], 1 << 30);
-        assert_eq!(resources["cpu"]["quota"], 250_000);
+        assert_eq!(resources["cpu"]["quota"], 50_000);
+        assert_eq!(resources["cpu"]["period"], 20_000);
         assert_eq!(resources["pids"]["limit"], 64);
-        launch.limits.cpu_millis = Some(1);
-        assert_eq!(
-            json(&launch, &Identity::ROOT)["linux"]["resources"]["cpu"]["quota"],
-            MIN_CPU_QUOTA
-        );
+        for (millis, quota, period) in [
+            (50, MIN_CPU_QUOTA, 20_000),
+            (49, 4_900, 100_000),
+            (1, MIN_CPU_QUOTA, 100_000),
+        ] {
+            launch.limits.cpu_millis = Some(millis);
+            let cpu = json(&launch, &Identity::ROOT)["linux"]["resources"]["cpu"].clone();
+            assert_eq!(cpu["quota"], quota, "of {millis}");
+            assert_eq!(cpu["period"], period, "of {millis}");
+        }
     }
 
     #[test]

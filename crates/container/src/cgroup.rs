@@ -19,8 +19,11 @@ use crate::runtime::Limits;
 /// Without these, limits would be silently absent.
 const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
 
-/// The period of the CPU quota, in microseconds: the kernel's default.
-pub(crate) const CPU_PERIOD: u64 = 100_000;
+/// The period of the CPU quota, in microseconds. What has used up its quota stands still until the next one: with
+/// the kernel's default of 100 ms, a container of several threads has its neighbours wait longer, and its own callers.
+const CPU_PERIOD: u64 = 20_000;
+/// The period of quotas that would be too small otherwise.
+const LONG_CPU_PERIOD: u64 = 100_000;
 /// The kernel refuses a smaller quota.
 pub(crate) const MIN_CPU_QUOTA: i64 = 1_000;
 
@@ -246,10 +249,10 @@ fn settings(limits: Limits) -> Vec<(&'static str, String)> {
         settings.push(("memory.swap.max", "0".to_owned()));
     }
     if let Some(millis) = limits.cpu_millis {
-        let quota = cpu_quota(millis);
-        settings.push(("cpu.cfs_period_us", CPU_PERIOD.to_string()));
+        let (quota, period) = cpu_quota(millis);
+        settings.push(("cpu.cfs_period_us", period.to_string()));
         settings.push(("cpu.cfs_quota_us", quota.to_string()));
-        settings.push(("cpu.max", format!("{quota} {CPU_PERIOD}")));
+        settings.push(("cpu.max", format!("{quota} {period}")));
     }
     if let Some(pids) = limits.pids {
         settings.push(("pids.max", pids.to_string()));
@@ -257,9 +260,14 @@ fn settings(limits: Limits) -> Vec<(&'static str, String)> {
     settings
 }
 
-/// Microseconds of CPU in each [`CPU_PERIOD`].
-pub(crate) fn cpu_quota(millis: u32) -> i64 {
-    (i64::from(millis) * CPU_PERIOD as i64 / 1000).max(MIN_CPU_QUOTA)
+/// Microseconds of CPU in each period, and the period in microseconds.
+pub(crate) fn cpu_quota(millis: u32) -> (i64, u64) {
+    let quota = |period: u64| i64::from(millis) * period as i64 / 1000;
+    if quota(CPU_PERIOD) < MIN_CPU_QUOTA {
+        (quota(LONG_CPU_PERIOD).max(MIN_CPU_QUOTA), LONG_CPU_PERIOD)
+    } else {
+        (quota(CPU_PERIOD), CPU_PERIOD)
+    }
 }
 
 /// Whether all ended before the deadline.
