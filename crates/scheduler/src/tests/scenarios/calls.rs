@@ -474,3 +474,31 @@ fn a_map_that_was_closed_and_never_read_is_forgotten_after_an_hour() {
         "#]],
     );
 }
+
+#[test]
+fn what_waits_for_its_next_try_counts_in_a_full_queue() {
+    check(
+        "
+        fn f max=1 retries=1/1m
+        map m f 10
+        poll A
+        fail A m.0
+        put m 1
+        ",
+        &expect![[r#"
+            0s fn f max=1 retries=1/1m
+            0s map m f 10
+                record: call m, m.0 m.1 m.2 m.3 m.4 m.5 m.6 m.7 m.8 m.9 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s fail A m.0
+                record: m.0#1 waits from 60s, 1 retries
+                answer: yes
+            0s put m 1
+                answer: no: QueueFull
+        "#]],
+    );
+}

@@ -437,3 +437,37 @@ fn each_container_has_its_whole_time_to_let_go() {
         "#]],
     );
 }
+
+#[test]
+fn an_order_to_end_is_hastened_and_never_put_off() {
+    check(
+        "
+        fn f
+        call c f
+        poll A
+        stop A
+        cancel c kill
+        stop A
+        ",
+        &expect![[r#"
+            0s fn f
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s stop A
+                answer: yes
+                desired: A stopped in 10s (Requested)
+            0s cancel c kill
+                record: c.0 is Terminated (output 1) 'cancelled'
+                answer: yes
+                order: A lets go of c.0
+                desired: A stopped in 0s (Requested)
+            0s stop A
+                answer: yes
+        "#]],
+    );
+}

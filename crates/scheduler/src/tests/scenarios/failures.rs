@@ -505,3 +505,39 @@ fn the_same_definition_again_changes_nothing() {
         "#]],
     );
 }
+
+#[test]
+fn a_pause_that_is_over_does_not_wake_what_waits_for_room() {
+    check(
+        "
+        fn f min=1 cpu=2000
+        fn g cpu=2000
+        exit A 1
+        exit B 1
+        call c g
+        poll C
+        +30s
+        ",
+        &expect![[r#"
+            0s fn f min=1 cpu=2000
+                record: A for f
+                desired: A
+            0s fn g cpu=2000
+            0s exit A 1
+                record: A ended, B for f
+                desired: B
+            0s exit B 1
+                record: B ended
+                order: 2 failures, pause until 4s
+                desired: nothing
+            0s call c g
+                record: call c, c.0 waits, C for g
+                answer: yes
+                desired: C
+            0s poll C
+                record: c.0 on C
+                answer: C gets c.0
+            4s …
+        "#]],
+    );
+}
