@@ -347,3 +347,22 @@ fn a_raised_minimum_starts_and_a_lowered_one_ends() {
         "#]],
     );
 }
+
+#[test]
+fn no_more_start_than_are_wanted() {
+    check(
+        "
+        worker w starts=9
+        fn f
+        map m f 3
+        ",
+        &expect![[r#"
+            0s worker w starts=9
+            0s fn f
+            0s map m f 3
+                record: call m, m.0 m.1 m.2 waits, A for f, B for f, C for f
+                answer: yes
+                desired: A, B, C
+        "#]],
+    );
+}
