@@ -7,7 +7,7 @@
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench bench-durability bench-neighbours simulate chaos fuzz lint fmt clean
+.PHONY: help setup build demo test test-rust test-python test-e2e test-all bench bench-durability bench-neighbours simulate mutants chaos fuzz lint fmt clean
 
 PYTHON := .venv-1.6.4/bin/python
 
@@ -52,6 +52,9 @@ fuzz: ## Fuzz every decoder that strangers reach; FUZZ_SECONDS=600 for each, FUZ
 simulate: ## The scheduler against worlds in which everything dies; IONIAN_SIM_SEEDS=200000 says how many
 	@IONIAN_SIM_SEEDS=$${IONIAN_SIM_SEEDS:-200000} cargo test --release --locked -p ionian-scheduler --lib \
 		-- --exact tests::simulation::every_seed_keeps_the_invariants_and_comes_to_rest --nocapture
+
+mutants: ## Mutation testing of the scheduler: changes that no test notices (half an hour)
+	@scripts/mutants
 
 bench: setup build ## Ratios against bare programs, taken in one run
 	@$(PYTHON) benches/run

@@ -139,7 +139,7 @@ impl State {
             // It ends by itself after this input.
             Phase::Draining {
                 reason: StopReason::ScaleDown,
-                deadline: deadline.max(now) + self.config.drain_grace,
+                deadline: deadline + self.config.drain_grace,
                 awaits_ingress: false,
             }
         } else {

@@ -175,13 +175,12 @@ impl State {
             return false;
         };
         self.dirty.insert(container.function_id);
-        match container.running.get_mut(&input_id) {
-            Some(running) if running.abandoned_until.is_none() => {
-                running.abandoned_until = Some(until);
-                true
-            }
-            Some(_) | None => false,
-        }
+        // Only a live attempt is decided, so none is abandoned twice.
+        let Some(running) = container.running.get_mut(&input_id) else {
+            return false;
+        };
+        running.abandoned_until = Some(until);
+        true
     }
 
     /// Ends attempts of a pool that overran their time.

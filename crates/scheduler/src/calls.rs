@@ -255,14 +255,14 @@ impl State {
         self.recent_inputs.note(input_id);
         self.dirty.insert(function_id);
         self.call_heard(now, call_id);
-        let skipped = u64::from(self.is_broken(Break::SkipsSequence));
+        let step = if self.is_broken(Break::SkipsSequence) { 2 } else { 1 };
         let call = self
             .calls
             .get_mut(&call_id)
             .expect("an unfinished input keeps its call in memory");
         call.inputs.remove(&input_id);
         call.finished_count += 1;
-        call.last_sequence += 1 + skipped;
+        call.last_sequence += step;
         let sequence = call.last_sequence;
         turn.writes.push(Write::InputFinished {
             input_id,

@@ -92,12 +92,14 @@ impl State {
     }
 
     pub(crate) fn file_deadline(&mut self, now: Timestamp, function_id: FunctionId) {
+        if self.is_broken(Break::ForgetsDeadlines) {
+            return;
+        }
         let Some(pool) = self.pools.get(&function_id) else {
             return;
         };
         let deadline = self.pool_deadline(now, pool);
-        let filed = pool.deadline;
-        if deadline == filed || self.is_broken(Break::ForgetsDeadlines) {
+        if deadline == pool.deadline {
             return;
         }
         self.unfile_deadline(function_id);

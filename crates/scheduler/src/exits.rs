@@ -181,7 +181,7 @@ impl State {
         exit: &ContainerExit,
         turn: &mut Turn,
     ) {
-        let Some(container) = self.containers.remove(&container_id) else {
+        let Some(mut container) = self.containers.remove(&container_id) else {
             return;
         };
         let function_id = container.function_id;
@@ -191,18 +191,20 @@ impl State {
             exit: exit.clone(),
             at: now,
         });
-        if let Some((poll, _)) = container.poll {
+        if let Some((poll, _)) = container.poll.take() {
             turn.replies.push(Reply::Empty { poll });
         }
         if let Some(pool) = self.pools.get_mut(&function_id) {
             pool.containers.remove(&container_id);
         }
         let ours = !Self::is_to_blame(&container, exit);
-        for (input_id, running) in &container.running {
-            let is_held = self.inputs.get(input_id).is_some_and(|input| {
-                input.attempt == running.attempt && input.state == (InputState::Running { container_id })
-            });
-            if !is_held || self.is_broken(Break::ForgetsInputsOfTheDead) {
+        for input_id in container.running.keys() {
+            // An entry can be older than the input's present attempt, which then waits or runs elsewhere.
+            let input = self.inputs.get(input_id);
+            if input.is_none_or(|input| input.state != (InputState::Running { container_id })) {
+                continue;
+            }
+            if self.is_broken(Break::ForgetsInputsOfTheDead) {
                 continue;
             }
             if ours {
@@ -222,15 +224,8 @@ impl State {
         }
         turn.commands.push(Command::Forget { container_id });
         if self.is_broken(Break::KeepsExitedContainer) {
-            let running = std::collections::BTreeMap::new();
-            self.containers.insert(
-                container_id,
-                Container {
-                    running,
-                    poll: None,
-                    ..container
-                },
-            );
+            container.running.clear();
+            self.containers.insert(container_id, container);
         }
         self.drop_pool_if_unused(function_id);
     }

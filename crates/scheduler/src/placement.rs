@@ -181,7 +181,6 @@ impl State {
             .line
             .values()
             .map(|function_id| (*function_id, self.shortfall(&self.pools[function_id], true)))
-            .filter(|(_, missing)| *missing > 0)
             .collect();
         let mut without_room = Vec::new();
         while let Some((function_id, missing)) = line.pop_front() {

@@ -65,7 +65,7 @@ impl State {
             pool.missing_runtime_told = false;
         }
         let definition = pool.settings.definition_id;
-        for container_id in self.containers_of(function_id, |c| c.definition_id != definition && c.is_live()) {
+        for container_id in self.containers_of(function_id, |container| container.definition_id != definition) {
             self.drain(now, container_id, StopReason::Superseded, turn);
         }
     }

@@ -59,8 +59,9 @@ impl State {
         let state = match (running, pending.not_before) {
             // Whether its container is still there is decided below, once the input is known.
             (Some((container_id, _)), _) => InputState::Running { container_id },
-            (None, Some(until)) if until > now => InputState::Delayed { until },
-            (None, Some(_) | None) => InputState::Queued,
+            // One whose time has come is released when its pool is reconciled, in this turn.
+            (None, Some(until)) => InputState::Delayed { until },
+            (None, None) => InputState::Queued,
         };
         let arrival = self.next_arrival;
         self.next_arrival += 1;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
-use ionian_domain::call::{AttemptNumber, Call, CallKind};
+use ionian_domain::call::{AttemptNumber, Call};
 use ionian_domain::container::StopReason;
 use ionian_domain::{AppId, CallId, ContainerId, DefinitionId, FunctionId, InputId, Outcome, Timestamp, WorkerId};
 
@@ -16,7 +16,7 @@ use crate::workers::Worker;
 /// Inputs and calls that were forgotten a moment ago, by which a repeated request is known. A repetition
 /// whose first try finished earlier finds it in the store, so this covers only requests that overtake
 /// each other on their way here; the number bounds the memory.
-const REMEMBERED: usize = 8_192;
+pub(crate) const REMEMBERED: usize = 8_192;
 
 /// Counts inputs in the order in which they came. An input keeps its number when it must wait again, so
 /// that it comes before everything younger, in memory as after a recovery.
@@ -197,14 +197,10 @@ impl CallState {
         }
     }
 
-    /// Whether all that will come has come, by the store's rule: such a call is not recovered once its
-    /// inputs have finished.
+    /// Whether all that will come has come: such a call is not recovered once its inputs have finished. A
+    /// unary call whose input came needs no such word, since it is forgotten with its one result.
     pub(crate) fn is_closed(&self) -> bool {
         self.call.finished_inputs.is_some()
-            || match self.call.kind {
-                CallKind::Unary => self.input_count > 0,
-                CallKind::Map => false,
-            }
     }
 }
 

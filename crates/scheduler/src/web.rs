@@ -61,9 +61,9 @@ impl State {
             ..
         } = &mut container.phase
             && std::mem::take(awaits_ingress)
-            && container.web_in_flight > 0
         {
-            // A request reached it before the ingress heard of the drain: it gets its time too.
+            // A request that reached it before the ingress heard of the drain gets its time too. Without one
+            // the container ends at once.
             let timeout = self
                 .pools
                 .get(&container.function_id)

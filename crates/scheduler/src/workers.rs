@@ -17,7 +17,7 @@ use crate::turn::Turn;
 
 /// Silent workers that are remembered, so that a sign of life is enough for them to be used again. One that
 /// is beyond this number has to connect again, which a worker whose connection broke does anyway.
-const SILENT_WORKERS: usize = 256;
+pub(crate) const SILENT_WORKERS: usize = 256;
 
 /// A host that runs containers.
 #[derive(Debug)]

@@ -393,6 +393,10 @@ fn pools(state: &State, now: Timestamp) -> Result<(), String> {
     })?;
     ensure(line == state.line, || {
         "the line holds pools that do not stand in it".to_owned()
+    })?;
+    let is_needed = |(id, queued): (&FunctionId, &u32)| *queued > 0 && !state.pools.contains_key(id);
+    ensure(state.web_waiting.iter().all(is_needed), || {
+        "requests are kept for a function that has a pool, or where none wait".to_owned()
     })
 }
 
@@ -451,7 +455,7 @@ fn containers(state: &State, now: Timestamp) -> Result<(), String> {
 fn before_recovery(state: &State, turn: &Turn) -> Result<(), String> {
     let is_silent = turn.writes.is_empty() && turn.replies.is_empty() && turn.commands.is_empty();
     ensure(
-        is_silent && state.containers.is_empty() && !turn.desired_changed,
+        is_silent && state.containers.is_empty() && state.line.is_empty() && !turn.desired_changed,
         || "something was decided before the record was read".to_owned(),
     )
 }

@@ -67,6 +67,15 @@ fn a_line_that_was_cut_off_ends_a_journal() {
         journal::replay(["{}", "{}"]),
         Err(Divergence::Unreadable { line: 1, .. })
     ));
+    let opening = text.lines().next().unwrap();
+    assert!(matches!(
+        journal::replay([&opening[..20], opening]),
+        Err(Divergence::Unreadable { line: 1, .. })
+    ));
+    assert!(matches!(
+        journal::replay([opening, "nonsense"]),
+        Err(Divergence::Unreadable { line: 2, .. })
+    ));
 }
 
 /// A journal can be shown to others.

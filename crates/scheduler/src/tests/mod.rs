@@ -7,6 +7,7 @@
 mod ids;
 mod invariants;
 mod journal;
+mod memory;
 mod record;
 mod scale;
 mod scenario;

@@ -46,7 +46,7 @@ pub(super) struct InputRow {
 
 #[derive(Debug, Clone)]
 struct ContainerRow {
-    origin: (WorkerId, DefinitionId),
+    origin: Option<(WorkerId, DefinitionId)>,
     app_id: AppId,
     function_id: FunctionId,
     created_at: Timestamp,
@@ -108,6 +108,13 @@ impl Record {
     pub(super) fn web_ready(&mut self, container_id: ContainerId, at: Timestamp) {
         if let Some(row) = self.live.get_mut(&container_id) {
             row.web_ready_at = Some(at);
+        }
+    }
+
+    /// Records a container as versions did that did not note where it runs.
+    pub(super) fn forget_origin(&mut self, container_id: ContainerId) {
+        if let Some(row) = self.live.get_mut(&container_id) {
+            row.origin = None;
         }
     }
 
@@ -242,7 +249,7 @@ impl Record {
             } => {
                 unless(self.ended.contains_key(container_id), "the container existed before")?;
                 let row = ContainerRow {
-                    origin: (*worker_id, *definition_id),
+                    origin: Some((*worker_id, *definition_id)),
                     app_id: *app_id,
                     function_id: *function_id,
                     created_at: *at,
@@ -295,7 +302,7 @@ impl Record {
                 .into_iter()
                 .map(|(id, row)| PendingContainer {
                     id: *id,
-                    origin: Some(row.origin),
+                    origin: row.origin,
                     app_id: row.app_id,
                     function_id: row.function_id,
                     created_at: row.created_at,

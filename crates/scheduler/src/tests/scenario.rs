@@ -28,6 +28,7 @@
 //! | `heard w` / `started A` | a sign of life; the worker says that the container runs |
 //! | `away 5m` | time passes, and the server is down |
 //! | `announced A` | its web endpoints were noted |
+//! | `unplaced A` | the record does not say where it runs, as it is of an older version |
 //! | `desired` | shows the desired set, with a `!` at containers that must exist already |
 //! | `views f` | shows the containers, the statistics of `f`, and the runtimes of the workers, as people see them |
 //! | `silence 30s` | from now on, what is silent for so long is given up |
@@ -143,6 +144,10 @@ impl Story {
         }
         if let Some(container) = line.strip_prefix("announced ") {
             self.record.web_ready(id(container), self.now);
+            return;
+        }
+        if let Some(container) = line.strip_prefix("unplaced ") {
+            self.record.forget_origin(id(container));
             return;
         }
         if line.starts_with("restart") {

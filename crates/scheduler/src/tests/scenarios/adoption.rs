@@ -157,9 +157,9 @@ fn a_deadline_does_not_start_anew() {
         fn f timeout=5m
         call c f
         poll A
-        away 4m
+        away 3m
         restart
-        +60s
+        +2m
         ",
         &expect![[r#"
             0s fn f timeout=5m
@@ -170,7 +170,7 @@ fn a_deadline_does_not_start_anew() {
             0s poll A
                 record: c.0 on A
                 answer: A gets c.0
-            240s restart
+            180s restart
                 desired: A
             300s …
                 record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 300s'
@@ -475,6 +475,153 @@ fn a_web_container_serves_again_when_its_worker_has_said_where_it_is() {
             0s web f 0
             60s …
                 order: no more requests to A
+        "#]],
+    );
+}
+
+#[test]
+fn nothing_is_decided_before_the_record_was_read() {
+    check(
+        "
+        fn f min=1
+        poll A
+        restart slowly
+        poll A
+        ",
+        &expect![[r#"
+            0s fn f min=1
+                record: A for f
+                desired: A
+            0s poll A
+            0s restart: functions
+            0s restart slowly
+                desired: A
+            0s poll A
+        "#]],
+    );
+}
+
+#[test]
+fn a_single_use_container_has_as_long_as_before_a_restart() {
+    check(
+        "
+        fn f once timeout=5m
+        call c f
+        poll A
+        away 1m
+        restart
+        +5m
+        ",
+        &expect![[r#"
+            0s fn f once timeout=5m
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            60s restart
+                desired: A
+            300s …
+                record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 300s'
+                order: A lets go of c.0
+            305s …
+                desired: A stopped in 0s (TimedOut)
+        "#]],
+    );
+}
+
+#[test]
+fn a_report_of_an_earlier_delivery_says_nothing_of_the_last() {
+    check(
+        "
+        fn f slots=2 max=1
+        map m f 2
+        poll A
+        +1s
+        poll A
+        restart
+        done A m.0
+        poll A
+        ",
+        &expect![[r#"
+            0s fn f slots=2 max=1
+            0s map m f 2
+                record: call m, m.0 m.1 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            1s poll A
+                record: m.1 on A
+                answer: A gets m.1
+            1s restart
+                desired: A
+            1s done A m.0
+                record: m.0 is Success (output 1)
+                answer: yes
+            1s poll A
+                record: m.1#1 waits from 1s, 0 retries, m.1#1 on A
+                answer: A gets m.1#1
+        "#]],
+    );
+}
+
+#[test]
+fn what_waits_does_not_fail_with_a_container_that_says_nothing_after_a_restart() {
+    check(
+        "
+        fn f min=1 max=1 startup=30s
+        poll A
+        restart
+        call c f
+        +30s
+        exit A kill 9
+        ",
+        &expect![[r#"
+            0s fn f min=1 max=1 startup=30s
+                record: A for f
+                desired: A
+            0s poll A
+            0s restart
+                desired: A
+            0s call c f
+                record: call c, c.0 waits
+                answer: yes
+            30s …
+                desired: A stopped in 0s (TimedOut)
+            30s exit A kill 9
+                record: A ended, B for f
+                desired: B
+        "#]],
+    );
+}
+
+/// Containers of that version ended with their server.
+#[test]
+fn a_container_whose_worker_was_not_recorded_is_lost() {
+    check(
+        "
+        fn f
+        map m f 2
+        poll A
+        unplaced A
+        restart
+        ",
+        &expect![[r#"
+            0s fn f
+            0s map m f 2
+                record: call m, m.0 m.1 waits, A for f, B for f
+                answer: yes
+                desired: A, B
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s restart
+                record: A ended, m.0#1 waits from 0s, 0 retries, C for f
+                desired: B, C
         "#]],
     );
 }

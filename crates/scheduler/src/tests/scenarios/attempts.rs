@@ -458,3 +458,45 @@ fn an_input_that_its_ending_container_cancels_runs_again() {
         "#]],
     );
 }
+
+/// The attempt was decided when its time was over; the next one waits already.
+#[test]
+fn a_container_that_dies_while_it_lets_go_costs_nothing_more() {
+    check(
+        "
+        fn f timeout=10s retries=1/1s
+        call c f
+        poll A
+        +10s
+        exit A 1
+        +1s
+        poll B
+        done B c.0#1
+        ",
+        &expect![[r#"
+            0s fn f timeout=10s retries=1/1s
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            10s …
+                record: c.0#1 waits from 11s, 1 retries
+                order: A lets go of c.0
+            10s exit A 1
+                record: A ended
+                desired: nothing
+            11s …
+                record: B for f
+                desired: B
+            11s poll B
+                record: c.0#1 on B
+                answer: B gets c.0#1
+            11s done B c.0#1
+                record: c.0#1 is Success (output 1)
+                answer: yes
+        "#]],
+    );
+}

@@ -394,3 +394,111 @@ fn an_open_map_whose_client_still_speaks_stays_open() {
         "#]],
     );
 }
+
+#[test]
+fn a_put_that_is_repeated_after_its_call_was_forgotten_adds_nothing() {
+    check(
+        "
+        fn f
+        map m f 1
+        poll A
+        done A m.0
+        close m
+        consume m
+        reput m 0
+        put m 0
+        put m 1
+        ",
+        &expect![[r#"
+            0s fn f
+            0s map m f 1
+                record: call m, m.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s done A m.0
+                record: m.0 is Success (output 1)
+                answer: yes
+            0s close m
+                record: m has 1 inputs
+                answer: yes
+            0s consume m
+                record: m was read
+            0s reput m 0
+                answer: yes
+            0s put m 0
+                answer: no: UnknownCall
+            0s put m 1
+                answer: no: UnknownCall
+        "#]],
+    );
+}
+
+/// It is closed in the record already.
+#[test]
+fn a_map_that_was_closed_and_never_read_is_forgotten_after_an_hour() {
+    check(
+        "
+        fn f window=10m
+        map m f 1
+        poll A
+        done A m.0
+        close m
+        exit A 0
+        +60m
+        put m 1
+        ",
+        &expect![[r#"
+            0s fn f window=10m
+            0s map m f 1
+                record: call m, m.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s done A m.0
+                record: m.0 is Success (output 1)
+                answer: yes
+            0s close m
+                record: m has 1 inputs
+                answer: yes
+            0s exit A 0
+                record: A ended
+                desired: nothing
+            3600s …
+            3600s put m 1
+                answer: no: UnknownCall
+        "#]],
+    );
+}
+
+#[test]
+fn what_waits_for_its_next_try_counts_in_a_full_queue() {
+    check(
+        "
+        fn f max=1 retries=1/1m
+        map m f 10
+        poll A
+        fail A m.0
+        put m 1
+        ",
+        &expect![[r#"
+            0s fn f max=1 retries=1/1m
+            0s map m f 10
+                record: call m, m.0 m.1 m.2 m.3 m.4 m.5 m.6 m.7 m.8 m.9 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s fail A m.0
+                record: m.0#1 waits from 60s, 1 retries
+                answer: yes
+            0s put m 1
+                answer: no: QueueFull
+        "#]],
+    );
+}

@@ -396,3 +396,78 @@ fn a_runtime_that_ends_itself_to_cancel_takes_no_neighbour_along() {
         "#]],
     );
 }
+
+/// What happens to another container meanwhile does not shorten it.
+#[test]
+fn each_container_has_its_whole_time_to_let_go() {
+    check(
+        "
+        fn f timeout=3s
+        map m f 1
+        call c f
+        poll A & poll B
+        +1s
+        cancel m
+        +10s
+        ",
+        &expect![[r#"
+            0s fn f timeout=3s
+            0s map m f 1
+                record: call m, m.0 waits, A for f
+                answer: yes
+                desired: A
+            0s call c f
+                record: call c, c.0 waits, B for f
+                answer: yes
+                desired: A, B
+            0s poll A & poll B
+                record: m.0 on A, c.0 on B
+                answer: A gets m.0, B gets c.0
+            1s cancel m
+                record: m has 1 inputs, m.0 is Terminated (output 1) 'cancelled'
+                answer: yes
+                order: A lets go of m.0
+            3s …
+                record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 3s'
+                order: B lets go of c.0
+            6s …
+                desired: A stopped in 0s (TimedOut), B
+            8s …
+                desired: A stopped in 0s (TimedOut), B stopped in 0s (TimedOut)
+        "#]],
+    );
+}
+
+#[test]
+fn an_order_to_end_is_hastened_and_never_put_off() {
+    check(
+        "
+        fn f
+        call c f
+        poll A
+        stop A
+        cancel c kill
+        stop A
+        ",
+        &expect![[r#"
+            0s fn f
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s stop A
+                answer: yes
+                desired: A stopped in 10s (Requested)
+            0s cancel c kill
+                record: c.0 is Terminated (output 1) 'cancelled'
+                answer: yes
+                order: A lets go of c.0
+                desired: A stopped in 0s (Requested)
+            0s stop A
+                answer: yes
+        "#]],
+    );
+}

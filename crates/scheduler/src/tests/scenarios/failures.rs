@@ -13,6 +13,7 @@ fn a_failing_import_fails_what_waits() {
         broken A
         exit A 0
         exit B 1
+        +5s
         ",
         &expect![[r#"
             0s fn f
@@ -372,6 +373,171 @@ fn an_exit_is_acknowledged_each_time_it_is_told() {
                 desired: nothing
             0s exit A 0
                 desired: nothing
+        "#]],
+    );
+}
+
+#[test]
+fn a_failing_deploy_fails_what_waits_while_the_old_one_serves() {
+    check(
+        "
+        fn f
+        call c f
+        poll A
+        fn f v=2
+        call d f
+        broken B
+        ",
+        &expect![[r#"
+            0s fn f
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s fn f v=2
+            0s call d f
+                record: call d, d.0 waits, B for f
+                answer: yes
+                desired: A, B
+            0s broken B
+                record: d.0 is InitFailure (output 1) 'ImportError: no module named x'
+                answer: yes
+                desired: A, B stopped in 10s (Requested)
+        "#]],
+    );
+}
+
+#[test]
+fn a_container_that_ended_after_a_minute_was_of_use() {
+    check(
+        "
+        fn f min=1
+        poll A
+        +60s
+        exit A 1
+        poll B
+        exit B 1
+        ",
+        &expect![[r#"
+            0s fn f min=1
+                record: A for f
+                desired: A
+            0s poll A
+            60s exit A 1
+                record: A ended, B for f
+                answer: A asks again
+                desired: B
+            60s poll B
+            60s exit B 1
+                record: B ended, C for f
+                answer: B asks again
+                desired: C
+        "#]],
+    );
+}
+
+#[test]
+fn a_container_that_was_ready_until_it_was_ended_forgives_failures() {
+    check(
+        "
+        fn f min=1
+        exit A 1
+        poll B
+        stop B
+        exit B 0
+        exit C 1
+        ",
+        &expect![[r#"
+            0s fn f min=1
+                record: A for f
+                desired: A
+            0s exit A 1
+                record: A ended, B for f
+                desired: B
+            0s poll B
+            0s stop B
+                record: C for f
+                answer: B ends itself, yes
+                desired: B, C
+            0s exit B 0
+                record: B ended
+                desired: C
+            0s exit C 1
+                record: C ended, D for f
+                desired: D
+        "#]],
+    );
+}
+
+/// Neither the pause after failures nor what runs.
+#[test]
+fn the_same_definition_again_changes_nothing() {
+    check(
+        "
+        fn f min=1
+        exit A 1
+        exit B 1
+        fn f min=1
+        +4s
+        poll C
+        fn f min=1
+        ",
+        &expect![[r#"
+            0s fn f min=1
+                record: A for f
+                desired: A
+            0s exit A 1
+                record: A ended, B for f
+                desired: B
+            0s exit B 1
+                record: B ended
+                order: 2 failures, pause until 4s
+                desired: nothing
+            0s fn f min=1
+            4s …
+                record: C for f
+                desired: C
+            4s poll C
+            4s fn f min=1
+        "#]],
+    );
+}
+
+#[test]
+fn a_pause_that_is_over_does_not_wake_what_waits_for_room() {
+    check(
+        "
+        fn f min=1 cpu=2000
+        fn g cpu=2000
+        exit A 1
+        exit B 1
+        call c g
+        poll C
+        +30s
+        ",
+        &expect![[r#"
+            0s fn f min=1 cpu=2000
+                record: A for f
+                desired: A
+            0s fn g cpu=2000
+            0s exit A 1
+                record: A ended, B for f
+                desired: B
+            0s exit B 1
+                record: B ended
+                order: 2 failures, pause until 4s
+                desired: nothing
+            0s call c g
+                record: call c, c.0 waits, C for g
+                answer: yes
+                desired: C
+            0s poll C
+                record: c.0 on C
+                answer: C gets c.0
+            4s …
         "#]],
     );
 }

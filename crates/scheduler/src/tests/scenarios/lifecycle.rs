@@ -494,3 +494,69 @@ fn nothing_that_waits_for_room_starts_during_a_shutdown() {
         "#]],
     );
 }
+
+#[test]
+fn a_busy_container_that_drains_gets_nothing_more() {
+    check(
+        "
+        fn f slots=2
+        call c f
+        poll A
+        drain A
+        call d f
+        poll A
+        done A c.0
+        ",
+        &expect![[r#"
+            0s fn f slots=2
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s drain A
+                answer: yes
+            0s call d f
+                record: call d, d.0 waits, B for f
+                answer: yes
+                desired: A, B
+            0s poll A
+            0s done A c.0
+                record: c.0 is Success (output 1)
+                answer: A ends itself, yes
+        "#]],
+    );
+}
+
+#[test]
+fn a_single_use_container_has_its_timeout_and_the_grace() {
+    check(
+        "
+        fn f once timeout=1m
+        call c f
+        poll A
+        +1m
+        let-go A c.0
+        +5m
+        ",
+        &expect![[r#"
+            0s fn f once timeout=1m
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            60s …
+                record: c.0 is Timeout (output 1) 'Task's current input hit its timeout of 60s'
+                order: A lets go of c.0
+            60s let-go A c.0
+                answer: yes
+            90s …
+                desired: A stopped in 10s (ScaleDown)
+        "#]],
+    );
+}

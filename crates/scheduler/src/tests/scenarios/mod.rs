@@ -12,6 +12,7 @@ mod calls;
 mod cancel;
 mod failures;
 mod lifecycle;
+mod room;
 mod scaling;
 mod views;
 mod web;

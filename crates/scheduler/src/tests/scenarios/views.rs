@@ -82,3 +82,32 @@ fn a_silent_workers_runtimes_are_not_there() {
         "#]],
     );
 }
+
+#[test]
+fn what_waits_for_its_next_try_is_seen() {
+    check(
+        "
+        fn f retries=1/10s max=1
+        map m f 2
+        poll A
+        fail A m.0
+        views f
+        ",
+        &expect![[r#"
+            0s fn f retries=1/10s max=1
+            0s map m f 2
+                record: call m, m.0 m.1 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: m.0 on A
+                answer: A gets m.0
+            0s fail A m.0
+                record: m.0#1 waits from 10s, 1 retries
+                answer: yes
+                A of f on w since 0s: ready, runs 0
+                f: PoolStats { backlog: 2, containers: 1, running_inputs: 0, free_slots: 1 }
+                runtimes: Some(RuntimeKinds(2))
+        "#]],
+    );
+}

@@ -287,3 +287,153 @@ fn requests_that_wait_while_their_app_is_gone_find_it_when_it_is_back() {
         "#]],
     );
 }
+
+#[test]
+fn an_idle_server_that_never_polls_does_not_hang() {
+    check(
+        "
+        fn w web min=1
+        serves A
+        +10m
+        ",
+        &expect![[r#"
+            0s fn w web min=1
+                record: A for w
+                desired: A
+            0s serves A
+                order: requests to A
+        "#]],
+    );
+}
+
+#[test]
+fn a_web_container_that_ends_before_it_served_is_backed_off_from() {
+    check(
+        "
+        fn w web min=1
+        poll A
+        web w 0 A=0
+        exit A 1
+        poll B
+        web w 0 B=0
+        exit B 1
+        ",
+        &expect![[r#"
+            0s fn w web min=1
+                record: A for w
+                desired: A
+            0s poll A
+                order: requests to A
+            0s web w 0 A=0
+            0s exit A 1
+                record: A ended, B for w
+                answer: A asks again
+                order: A is gone
+                desired: B
+            0s poll B
+                order: requests to B
+            0s web w 0 B=0
+            0s exit B 1
+                record: B ended
+                answer: B asks again
+                order: 2 failures, pause until 4s, B is gone
+                desired: nothing
+        "#]],
+    );
+    check(
+        "
+        fn w web min=1
+        poll A
+        web w 0 A=1
+        web w 0 A=0
+        exit A 1
+        poll B
+        web w 0 B=1
+        web w 0 B=0
+        exit B 1
+        ",
+        &expect![[r#"
+            0s fn w web min=1
+                record: A for w
+                desired: A
+            0s poll A
+                order: requests to A
+            0s web w 0 A=1
+            0s web w 0 A=0
+            0s exit A 1
+                record: A ended, B for w
+                answer: A asks again
+                order: A is gone
+                desired: B
+            0s poll B
+                order: requests to B
+            0s web w 0 B=1
+            0s web w 0 B=0
+            0s exit B 1
+                record: B ended, C for w
+                answer: B asks again
+                order: B is gone
+                desired: C
+        "#]],
+    );
+}
+
+#[test]
+fn a_long_request_that_crossed_the_drain_has_its_timeout_and_the_grace() {
+    check(
+        "
+        fn w web window=10s timeout=100s
+        web w 1
+        poll A
+        web w 0 A=0
+        +10s
+        web w 0 A=1
+        +150s
+        ",
+        &expect![[r#"
+            0s fn w web window=10s timeout=100s
+            0s web w 1
+                record: A for w
+                desired: A
+            0s poll A
+                order: requests to A
+            0s web w 0 A=0
+            10s …
+                order: no more requests to A
+            10s web w 0 A=1
+            140s …
+                answer: A ends itself
+                desired: A stopped in 10s (ScaleDown)
+        "#]],
+    );
+}
+
+#[test]
+fn a_container_that_requests_wait_for_does_not_make_room() {
+    check(
+        "
+        fn w web cpu=1000
+        fn g cpu=1000
+        web w 2
+        poll A & poll B
+        web w 0 A=0 B=0
+        web w 1 A=0 B=0 & call c g
+        web w 0 A=1 B=0
+        ",
+        &expect![[r#"
+            0s fn w web cpu=1000
+            0s fn g cpu=1000
+            0s web w 2
+                record: A for w, B for w
+                desired: A, B
+            0s poll A & poll B
+                order: requests to A, requests to B
+            0s web w 0 A=0 B=0
+            0s web w 1 A=0 B=0 & call c g
+                record: call c, c.0 waits
+                answer: yes
+            0s web w 0 A=1 B=0
+                order: no more requests to B
+        "#]],
+    );
+}

@@ -411,3 +411,59 @@ fn room_is_made_where_the_runtime_is() {
         "#]],
     );
 }
+
+#[test]
+fn what_ends_makes_room_on_its_own_worker_only() {
+    check(
+        "
+        worker w cpu=1100
+        worker y cpu=100
+        fn f cpu=1000
+        fn s cpu=100
+        fn g cpu=200
+        call c f
+        poll A
+        done A c.0
+        poll A
+        call d s
+        poll B
+        stop B
+        call e g
+        exit A 0
+        ",
+        &expect![[r#"
+            0s worker w cpu=1100
+            0s worker y cpu=100
+            0s fn f cpu=1000
+            0s fn s cpu=100
+            0s fn g cpu=200
+            0s call c f
+                record: call c, c.0 waits, A for f
+                answer: yes
+                desired: A
+            0s poll A
+                record: c.0 on A
+                answer: A gets c.0
+            0s done A c.0
+                record: c.0 is Success (output 1)
+                answer: yes
+            0s poll A
+            0s call d s
+                record: call d, d.0 waits, B for s on y
+                answer: yes
+                desired: A, B on y
+            0s poll B
+                record: d.0 on B
+                answer: B gets d.0
+            0s stop B
+                answer: yes
+                desired: A, B on y stopped in 10s (Requested)
+            0s call e g
+                record: call e, e.0 waits
+                answer: yes, A ends itself
+            0s exit A 0
+                record: A ended, C for g
+                desired: B on y stopped in 10s (Requested), C
+        "#]],
+    );
+}
