@@ -532,16 +532,22 @@ async fn cpu_limit(subject: Arc<Subject>) {
     launch.limits.cpu_millis = Some(500);
     let container = subject.runtime().start(launch).await.unwrap();
     let group = format!("ionian/{}/slow", platform(&subject).config.short_id());
-    let found = [
-        "cpu/{}/cpu.cfs_quota_us",
-        "cpu,cpuacct/{}/cpu.cfs_quota_us",
-        "{}/cpu.max",
-    ]
-    .iter()
-    .find_map(|path| std::fs::read_to_string(format!("/sys/fs/cgroup/{}", path.replace("{}", &group))).ok());
+    let read = |path: String| std::fs::read_to_string(format!("/sys/fs/cgroup/{path}")).ok();
+    let quota_and_period = read(format!("{group}/cpu.max"))
+        .or_else(|| {
+            ["cpu", "cpu,cpuacct"].iter().find_map(|hierarchy| {
+                let of = |name| read(format!("{hierarchy}/{group}/cpu.cfs_{name}_us"));
+                Some(format!("{} {}", of("quota")?, of("period")?))
+            })
+        })
+        .unwrap();
+    let numbers: Vec<u64> = quota_and_period
+        .split_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
     assert!(
-        found.as_deref().is_some_and(|text| text.starts_with("50000")),
-        "{found:?}"
+        matches!(numbers[..], [quota, period] if quota * 2 == period),
+        "{quota_and_period}"
     );
     let members = ["cpu", "cpu,cpuacct", "."]
         .iter()
