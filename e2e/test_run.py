@@ -77,6 +77,8 @@ def test_an_app_is_served_while_it_is_edited(client):
     try:
         serving.wait_for("-dev.localhost")
         url = Deployment(Result(0, serving.output, "")).url()
+        # The client prints the URL a moment before it publishes the app.
+        wait_until(lambda: web.request(f"{url}/hello").status == 200, "the app to be published")
         assert web.get_json(f"{url}/hello") == {"message": "Hello, world!"}
         app.write_text(app.read_text().replace("Hello, ", "Edited, "))
         wait_until(lambda: web.get_json(f"{url}/hello") == {"message": "Edited, world!"}, "the edited app to answer")

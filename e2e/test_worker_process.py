@@ -57,7 +57,8 @@ def test_an_app_is_built_and_served_by_a_worker_of_its_own(client, worker):
 def test_a_killed_worker_finds_its_containers_again(client, worker):
     url = client.deploy("own_worker.py").url("hello")
     container, served_by = whoami(client), web.get_json(url)["container"]
-    call_id = spawn_slow(client, 5.0)
+    call_id = spawn_slow(client, 8.0)
+    client.wait_for_log("own-worker", "sleeping")
     worker.kill()
     # Nobody needs the worker for a request to a container that runs.
     assert web.get_json(url)["container"] == served_by

@@ -23,6 +23,7 @@ def whoami() -> str:
 
 @app.function(max_containers=1)
 def slow(seconds: float) -> str:
+    print("sleeping", flush=True)
     time.sleep(seconds)
     return os.environ["MODAL_TASK_ID"]
 
